@@ -1,0 +1,1 @@
+"""Measures real engines and fits service curves for ``sim``."""

@@ -1,0 +1,48 @@
+"""The command ``expert-router``. Each sub-command lives in a module of its own, imported when it is called."""
+
+from importlib import import_module
+from typing import Any
+
+import click
+
+COMMANDS = {
+    "simulate": ("sim.simulate_command", "predict fleets from 1 to thousands of users"),
+    "schema": ("sim.schema_command", "print the JSON Schema of fleet files, for editors"),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands by name and one line, and imports a command only to run it or show its help."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all commands."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a command; None when there is none of that name."""
+        if cmd_name not in COMMANDS:
+            return None
+        command = import_module(COMMANDS[cmd_name][0]).command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+
+def _show_version(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+    if value and not ctx.resilient_parsing:
+        from importlib.metadata import version
+
+        click.echo(f"expert-router {version('expert-router')}")
+        ctx.exit()
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="Print the version."
+)
+def main() -> None:
+    """Size LLM fleets: Llama experts behind a prompt router, from 1 to thousands of users."""

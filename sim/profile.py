@@ -1,0 +1,189 @@
+"""Calibrated service curves as files: a versioned JSON profile, and the curve it describes."""
+
+import bisect
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from sim.service_curve import CurveSource, DecodePiece, IterationWork
+from sim.spec import EngineSpec, PositiveInt, Seconds, Spec
+
+
+class ProfileError(ValueError):
+    """A profile file that cannot be read; the message has one line per mistake, with file and field."""
+
+
+class ExpertIdentity(Spec):
+    """What was measured; a profile holds for this and nothing else."""
+
+    model: str
+    quantization: str
+    gpu: str
+    tensor_parallel_size: PositiveInt
+    engine: EngineSpec
+    engine_version: Annotated[str, Field(min_length=1, description="e.g. 'vLLM 0.26.0'")]
+
+
+class Parameter(Spec):
+    """A fitted value in seconds and its 90 % interval."""
+
+    value: Seconds
+    low: Seconds
+    high: Seconds
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.low <= self.value <= self.high:
+            raise ValueError(f"low <= value <= high must hold, got {self.low:g}, {self.value:g}, {self.high:g}")
+        return self
+
+
+class CurveParameters(Spec):
+    """Terms of one iteration, each in seconds and none negative, so that time grows with every part of the work."""
+
+    per_iteration: Annotated[Parameter, Field(description="constant: host and launches")]
+    weights: Annotated[Parameter, Field(description="floor of the matrix work: reading the weights once")]
+    per_token: Annotated[Parameter, Field(description="matrix work per token, prefill and padded decode alike")]
+    per_attention_pair: Annotated[Parameter, Field(description="attention work per query-key pair of a prefill chunk")]
+    per_prefill_chunk: Annotated[Parameter, Field(description="per request that prefills")]
+    per_decode: Annotated[Parameter, Field(description="per request that decodes: sampling, bookkeeping")]
+    per_kv_token: Annotated[Parameter, Field(description="reading one token's KV")]
+
+
+class Residuals(Spec):
+    """How well the fit meets the measurements it was made from: errors are (predicted - measured) / measured."""
+
+    iterations: PositiveInt
+    mean_error: Annotated[float, Field(allow_inf_nan=False)]
+    median_absolute_error: Annotated[float, Field(ge=0)]
+    p90_absolute_error: Annotated[float, Field(ge=0)]
+
+
+class FittedRange(Spec):
+    """Largest work per iteration among the measurements; beyond it a prediction is an extrapolation."""
+
+    max_decodes: PositiveInt
+    max_decode_kv_tokens: PositiveInt
+    max_prefill_tokens: Annotated[int, Field(ge=0)]
+
+
+class FrontEndCosts(Spec):
+    """CPU seconds of the API server process per unit of work."""
+
+    per_request_s: Seconds
+    per_prompt_token_s: Seconds
+    per_output_token_s: Seconds
+
+
+class Profile(Spec):
+    """A calibrated service curve with what it is worth."""
+
+    format_version: Literal[1] = 1
+    name: Annotated[str, Field(min_length=1)]
+    expert: ExpertIdentity
+    parameters: CurveParameters
+    residuals: Residuals
+    range: FittedRange
+    cuda_graph_sizes: list[PositiveInt] = Field(
+        default=[], description="captured batch sizes, ascending; empty when the engine ran without graphs"
+    )
+    front_end: FrontEndCosts | None = None
+    num_gpu_blocks: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="KV blocks as the engine resolved them, its null block included"
+    )
+    provenance: Annotated[str, Field(min_length=1, description="data and command that made the file")]
+    licence: Annotated[str, Field(min_length=1, description="terms of the measurements")]
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        if sorted(set(self.cuda_graph_sizes)) != self.cuda_graph_sizes:
+            raise ValueError(f"cuda_graph_sizes must ascend without repeats, got {self.cuda_graph_sizes}")
+        return self
+
+
+class ProfileCurve:
+    """Service curve of a profile; fulfils ``sim.service_curve.ServiceCurve``.
+
+    One iteration takes ``per_iteration + max(weights, per_token * tokens) + per_attention_pair * pairs
+    + per_prefill_chunk * chunks + per_decode * decodes + per_kv_token * KV tokens``, where ``tokens`` is prefill and
+    decode tokens together, rounded up to the next captured size if there is one.
+    """
+
+    def __init__(self, profile: Profile) -> None:
+        terms = profile.parameters
+        self._sizes = profile.cuda_graph_sizes
+        self._per_iteration_s = terms.per_iteration.value
+        self._weights_s = terms.weights.value
+        self._per_token_s = terms.per_token.value
+        self._per_pair_s = terms.per_attention_pair.value
+        self._per_chunk_s = terms.per_prefill_chunk.value
+        self._per_decode_s = terms.per_decode.value
+        self._per_kv_token_s = terms.per_kv_token.value
+        self._matrix_s_by_tokens: dict[int, float] = {}
+        worth = profile.residuals
+        self._source = CurveSource(
+            label=profile.name,
+            detail=(
+                f"fitted on {worth.iterations} iterations of {profile.expert.engine_version} on {profile.expert.gpu}, "
+                f"median error {worth.median_absolute_error:.1%}, 90 % within {worth.p90_absolute_error:.1%}; "
+                f"{profile.provenance}"
+            ),
+            max_decodes=profile.range.max_decodes,
+            max_decode_kv_tokens=profile.range.max_decode_kv_tokens,
+            max_prefill_tokens=profile.range.max_prefill_tokens,
+        )
+
+    @property
+    def source(self) -> CurveSource:
+        """The profile's name, worth and range."""
+        return self._source
+
+    def iteration_s(self, work: IterationWork) -> float:
+        """Seconds from the start of this iteration to the start of the next when the engine stays busy."""
+        prefill_tokens, prefill_chunks, pairs, prefill_kv_tokens, decodes, decode_kv_tokens = work
+        return (
+            self._per_iteration_s
+            + self._matrix_s(prefill_tokens + decodes)
+            + self._per_pair_s * pairs
+            + self._per_chunk_s * prefill_chunks
+            + self._per_decode_s * decodes
+            + self._per_kv_token_s * (prefill_kv_tokens + decode_kv_tokens)
+        )
+
+    def decode_piece(self, decodes: int, decode_kv_tokens: int) -> DecodePiece:
+        """The one affine piece of a decode-only batch; the same at every ``decode_kv_tokens``."""
+        fixed_s = self._per_iteration_s + self._matrix_s(decodes) + self._per_decode_s * decodes
+        return DecodePiece(fixed_s, self._per_kv_token_s, float("inf"))
+
+    def _matrix_s(self, tokens: int) -> float:
+        """Seconds of the matrix work, never below reading the weights."""
+        seconds = self._matrix_s_by_tokens.get(tokens)
+        if seconds is None:
+            place = bisect.bisect_left(self._sizes, tokens)
+            padded = self._sizes[place] if place < len(self._sizes) else tokens
+            seconds = max(self._weights_s, self._per_token_s * padded)
+            self._matrix_s_by_tokens[tokens] = seconds
+        return seconds
+
+
+def load_profile(path: Path) -> Profile:
+    """Read a profile file.
+
+    Raises:
+        ProfileError: the file cannot be read, is no JSON, or breaks the schema; one line per mistake.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ProfileError(f"profile {path}: cannot be read: {reason}") from error
+    try:
+        return Profile.model_validate_json(text)
+    except ValidationError as error:
+        lines = []
+        for mistake in error.errors(include_url=False):
+            field = ".".join(str(part) for part in mistake["loc"]) or "file"
+            shown = "" if mistake["type"] in {"missing", "json_invalid"} else f", got {mistake['input']!r:.80}"
+            lines.append(f"profile {path}: {field}: {mistake['msg']}{shown}")
+        raise ProfileError("\n".join(lines)) from error

@@ -1,0 +1,458 @@
+"""One replica in simulated time: its front end, and its engine running iteration after iteration.
+
+The engine (``sim.engine``) knows no time and the service curve knows no state; this is where they meet. A run of
+decode-only iterations with the same requests is one event: iteration ``k`` of it takes ``fixed + slope * (kv + k * n)``
+seconds, so the end of any iteration, and the iteration in flight at any moment, have closed forms.
+"""
+
+from array import array
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import inf, isnan, nan, sqrt
+
+from simpy import Environment
+from simpy.events import Event, Timeout
+
+from sim.chrome_trace import TracedIteration
+from sim.engine import Batch, Engine, EngineRequest
+from sim.fleet import Expert
+from sim.kv_cache import PrefixGroup
+from sim.stations import FrontEndStation, RouterStation
+
+
+class Request(EngineRequest):
+    """A request on its way through the fleet, with the times that become its record (``sim.records``)."""
+
+    __slots__ = (
+        "class_index",
+        "engine_arrival_s",
+        "first_run",
+        "first_token_engine_s",
+        "first_token_s",
+        "front_end_start_s",
+        "gaps",
+        "last_run",
+        "last_token_engine_s",
+        "last_token_s",
+        "paused_s",
+        "queued_since_s",
+        "replica",
+        "request_id",
+        "resumes_after_s",
+        "routed_class_index",
+        "router_end_s",
+        "router_start_s",
+        "scheduled_s",
+        "sent_s",
+        "spans",
+        "user_id",
+    )
+
+    def __init__(self, request_id: int, user_id: int, class_index: int, prompt_tokens: int, output_tokens: int):
+        super().__init__(prompt_tokens, output_tokens)
+        self.request_id = request_id
+        self.user_id = user_id
+        self.class_index = class_index
+        self.routed_class_index = class_index
+        self.replica: Replica | None = None
+        self.sent_s = nan
+        self.router_start_s = nan
+        self.router_end_s = nan
+        self.front_end_start_s = nan
+        self.engine_arrival_s = nan
+        self.scheduled_s = nan
+        self.first_token_engine_s = nan
+        self.first_token_s = nan
+        self.last_token_engine_s = nan
+        self.last_token_s = nan
+        # Tokens after the first one come one per iteration of the runs first_run + 1 .. last_run of its replica.
+        self.first_run = -1
+        self.last_run = -1
+        # Preempted only: the spans of runs before, the gaps across each preemption, and since when it waits.
+        self.spans: list[tuple[int, int]] | None = None
+        self.gaps: list[float] | None = None
+        self.resumes_after_s = nan
+        self.queued_since_s = nan  # in the engine's waiting queue, this time
+        self.paused_s = 0.0  # preempted and waiting, in all
+
+
+class RunLog:
+    """The iterations of one replica as users saw them, one entry a run, for the gaps between tokens.
+
+    Iteration ``k`` of a run puts ``first_s + k * step_s`` seconds between a user's tokens.
+    """
+
+    __slots__ = ("first_s", "iterations", "step_s")
+
+    def __init__(self) -> None:
+        self.iterations = array("q")
+        self.first_s = array("d")
+        self.step_s = array("d")
+
+
+@dataclass(slots=True)
+class Totals:
+    """Integrals over time since the run began; the difference of two, over a window, gives averages.
+
+    Attributes:
+        busy_s: time in which the engine ran an iteration.
+        scheduled_s: scheduled requests times iteration time.
+        kv_block_s: KV blocks in use times iteration time.
+        waiting_s: requests in the engine's waiting queue times time.
+        front_end_busy_s: work given to the front end.
+    """
+
+    busy_s: float = 0.0
+    scheduled_s: float = 0.0
+    kv_block_s: float = 0.0
+    waiting_s: float = 0.0
+    front_end_busy_s: float = 0.0
+    iterations: int = 0
+    preemptions: int = 0
+
+
+class Replica:
+    """One engine with its front end.
+
+    Attributes:
+        outstanding: requests routed here and not yet answered, kept by the router.
+        settled_s: until when ``totals`` count: the start of the run in flight, or of the last one.
+        most_kv_blocks: in use at the start of any iteration.
+        largest_decodes, largest_kv_tokens, largest_prefill_tokens: of any iteration, to flag extrapolation.
+    """
+
+    def __init__(
+        self,
+        env: Environment,
+        expert: Expert,
+        expert_index: int,
+        replica_index: int,
+        *,
+        router: RouterStation | None,
+        network_s: float,
+        user_network_s: float,
+        deliver: Callable[[list[Request], float], None],
+        step_by_step: bool = False,
+        trace: list[TracedIteration] | None = None,
+    ):
+        """Build an idle replica.
+
+        Args:
+            env: the simulation's clock.
+            expert: what it is a replica of.
+            expert_index: of that expert in the fleet.
+            replica_index: within the expert.
+            router: through which its tokens pass, or None.
+            network_s: one-way delay of a token from the front end to the router.
+            user_network_s: one-way delay from the router to the user.
+            deliver: called with the requests that finish together and the time their last tokens leave the router.
+            step_by_step: one event per iteration instead of per run; slow, to check the fast way against.
+            trace: where to log every iteration, or None.
+        """
+        self.env = env
+        self.expert = expert
+        self.expert_index = expert_index
+        self.replica_index = replica_index
+        self.engine: Engine[Request] = Engine(expert.engine)
+        self.front_end = FrontEndStation()
+        self.outstanding = 0
+        self.log = RunLog()
+        self.totals = Totals()
+        self._served_s = 0.0  # time that finished requests spent scheduled
+        self.settled_s = 0.0
+        self.most_kv_blocks = 0
+        self.largest_decodes = 0
+        self.largest_kv_tokens = 0
+        self.largest_prefill_tokens = 0
+        self.prefix_groups: dict[int, PrefixGroup] = {}
+        self._router = router if router is not None and router.streams_cost else None
+        self._network_s = network_s
+        self._user_network_s = user_network_s
+        self._deliver = deliver
+        self._longest_run = 1 if step_by_step else inf
+        self._trace = trace
+        self._due: deque[Request] = deque()  # passed the front end at engine_arrival_s, which may lie ahead
+        self._event: Event | None = None  # the one that counts; a superseded one finds itself stale
+        # The run in flight; its batch is None when the engine is idle.
+        self._batch: Batch[Request] | None = None
+        self._start_s = 0.0
+        self._fixed_s = 0.0
+        self._slope_s = 0.0  # per KV token
+        self._length = 0  # iterations
+        self._end_s = 0.0
+        self._tokens = 0  # per iteration, streamed to users
+        self._token_rate = 0.0
+        self._emitted = 0  # iterations whose tokens the front end already has
+        self._kv_blocks = 0  # in use at its start
+        self._front_end_delay_s = 0.0
+        self._delay_s = 0.0  # of the tokens delivered last, from the end of their iteration until they leave the router
+
+    # -------------------------------------------------------------------------------------------- a request in
+
+    def submit(self, request: Request) -> None:
+        """Take a request that reaches the front end now."""
+        now_s = self.env.now
+        spec = self.expert.front_end
+        if self._batch is not None and spec.per_output_token_s:
+            self._hand_tokens_to_front_end(self._iterations_done(now_s))
+        work_s = spec.per_request_s + request.prompt_tokens * spec.per_prompt_token_s
+        request.front_end_start_s = self.front_end.take_request(now_s, work_s)
+        arrival_s = request.front_end_start_s + work_s
+        request.engine_arrival_s = request.queued_since_s = arrival_s
+        self._due.append(request)
+        if self._batch is None:
+            if self._event is None:
+                self._wake_at(arrival_s, self._on_arrival_when_idle)
+        elif arrival_s < self._end_s and len(self._due) == 1 and self._length > 1 and not self.engine.waiting:
+            self._cut_run(arrival_s)
+
+    def _cut_run(self, arrival_s: float) -> None:
+        """End the run with the iteration after which the engine sees an arrival."""
+        length = self._iterations_done(arrival_s) + 1 + self.engine.lag
+        if length < self._length:
+            self._length = length
+            self._end_s = self._end_of(length)
+            self._wake_at(self._end_s, self._on_run_end)
+
+    def _wake_at(self, time_s: float, callback: Callable[[Event], None]) -> None:
+        now_s = self.env.now
+        event = Timeout(self.env, time_s - now_s if time_s > now_s else 0.0)
+        event.callbacks.append(callback)
+        self._event = event
+
+    # ------------------------------------------------------------------------------------------- times in a run
+
+    def _end_of(self, iterations: int) -> float:
+        """When the first so many iterations of the run are done."""
+        batch = self._batch
+        assert batch is not None
+        kv_tokens = iterations * batch.decode_kv_tokens + batch.decodes * (iterations * (iterations - 1) // 2)
+        return self._start_s + iterations * self._fixed_s + self._slope_s * kv_tokens
+
+    def _iterations_done(self, time_s: float) -> int:
+        """How many iterations of the run have ended by then, at most all but the last."""
+        batch = self._batch
+        assert batch is not None
+        if self._length == 1 or time_s <= self._start_s:
+            return 0
+        half = self._slope_s * batch.decodes / 2
+        linear = self._fixed_s + self._slope_s * batch.decode_kv_tokens - half
+        elapsed_s = time_s - self._start_s
+        done = int(2 * elapsed_s / (linear + sqrt(linear * linear + 4 * half * elapsed_s)))
+        # The closed form can be off by one through rounding.
+        while self._end_of(done + 1) <= time_s:
+            done += 1
+        while done and self._end_of(done) > time_s:
+            done -= 1
+        return min(done, self._length - 1)
+
+    def _hand_tokens_to_front_end(self, iterations: int) -> None:
+        new = iterations - self._emitted
+        if new > 0:
+            work_s = self._tokens * self.expert.front_end.per_output_token_s
+            first_end_s = self._end_of(self._emitted + 1)
+            last_end_s = self._end_s if iterations == self._length else self._end_of(iterations)
+            self._front_end_delay_s = self.front_end.take_tokens(new, work_s, first_end_s, last_end_s)
+            self._emitted = iterations
+
+    # ------------------------------------------------------------------------------------------------- the runs
+
+    def _on_arrival_when_idle(self, event: Event) -> None:
+        now_s = self.env.now
+        self._event = None
+        due = self._due
+        while due and due[0].engine_arrival_s <= now_s:
+            self.engine.add(due.popleft())
+        self._start_run(now_s)
+
+    def _on_run_end(self, event: Event) -> None:
+        if event is not self._event:
+            return
+        batch = self._batch
+        assert batch is not None
+        engine = self.engine
+        length, end_s = self._length, self._end_s
+        if self._tokens and self.expert.front_end.per_output_token_s:
+            self._hand_tokens_to_front_end(length)
+        delay_s = self._front_end_delay_s + self._network_s
+        if self._router is not None:
+            delay_s += self._router.token_delay_s(end_s, self._tokens)
+        run = self._log_run(batch, delay_s)
+        for request, _ in batch.chunks:
+            if request.last_iteration >= 0:  # its prompt is complete
+                self._note_first_token(request, run, end_s, end_s + delay_s)
+        finished = engine.finish_run(length)
+        self._count_run(batch, length, end_s)
+        due = self._due
+        if due and due[0].engine_arrival_s < end_s:
+            last_start_s = self._end_of(length - 1)
+            while due and due[0].engine_arrival_s < end_s:
+                request = due.popleft()
+                engine.add(request, engine.iteration - (request.engine_arrival_s < last_start_s))
+        self._start_run(end_s)
+        if finished:
+            for request in finished:
+                request.last_run = run
+                request.last_token_engine_s = end_s
+                request.last_token_s = end_s + delay_s + self._user_network_s
+                self._served_s += end_s - request.scheduled_s - request.paused_s
+            self._deliver(finished, end_s + delay_s)
+
+    def _log_run(self, batch: Batch[Request], delay_s: float) -> int:
+        """Log the gaps between tokens that users see in this run; return its number."""
+        log = self.log
+        length = self._length
+        shift_s = (delay_s - self._delay_s) / length  # a growing delay stretches the gaps
+        self._delay_s = delay_s
+        log.iterations.append(length)
+        log.first_s.append(self._fixed_s + self._slope_s * batch.decode_kv_tokens + shift_s)
+        log.step_s.append(self._slope_s * batch.decodes)
+        return len(log.iterations) - 1
+
+    def _note_first_token(self, request: Request, run: int, end_s: float, delivered_s: float) -> None:
+        request.first_run = run
+        if isnan(request.first_token_engine_s):
+            request.first_token_engine_s = end_s
+            request.first_token_s = delivered_s + self._user_network_s
+        else:  # preempted before: one long gap
+            gaps = request.gaps = request.gaps or []
+            gaps.append(delivered_s - request.resumes_after_s)
+            request.resumes_after_s = nan
+
+    def _note_preemption(self, request: Request, now_s: float) -> None:
+        request.queued_since_s = now_s
+        self.totals.preemptions += 1
+        if request.first_run >= 0:
+            spans = request.spans = request.spans or []
+            spans.append((request.first_run, len(self.log.iterations) - 1))
+            request.first_run = -1
+            request.resumes_after_s = now_s + self._delay_s
+
+    def _note_admission(self, request: Request, now_s: float) -> None:
+        waited_s = now_s - request.queued_since_s
+        self.totals.waiting_s += waited_s
+        if isnan(request.scheduled_s):
+            request.scheduled_s = now_s
+        else:
+            request.paused_s += waited_s
+
+    def _count_run(self, batch: Batch[Request], length: int, end_s: float) -> None:
+        totals = self.totals
+        duration_s = end_s - self._start_s
+        used_blocks = self.engine.kv.num_blocks - self.engine.kv.free
+        totals.busy_s += duration_s
+        totals.scheduled_s += duration_s * (batch.decodes + len(batch.chunks))
+        totals.kv_block_s += duration_s * (self._kv_blocks + used_blocks) / 2  # grows evenly
+        totals.iterations += length
+        if self._trace is not None:
+            self._trace_run(batch, length)
+
+    def _trace_run(self, batch: Batch[Request], length: int) -> None:
+        assert self._trace is not None
+        prefill_tokens = sum(tokens for _, tokens in batch.chunks)
+        for done in range(length):
+            start_s = self._end_of(done)
+            self._trace.append(
+                TracedIteration(
+                    start_s=start_s,
+                    duration_s=self._end_of(done + 1) - start_s,
+                    prefill_tokens=prefill_tokens,
+                    decodes=batch.decodes,
+                    kv_usage=self._kv_blocks / self.engine.kv.num_blocks,
+                    waiting=self.engine.queued,
+                )
+            )
+
+    def _change_token_rate(self, now_s: float, tokens_per_s: float) -> None:
+        if self._router is not None:
+            self._router.change_token_rate(now_s, tokens_per_s - self._token_rate)
+            self._token_rate = tokens_per_s
+
+    def _start_run(self, now_s: float) -> None:
+        engine = self.engine
+        batch = self._batch = engine.schedule()
+        if batch is None:
+            if engine.queued:
+                head = engine.waiting[0]
+                raise RuntimeError(
+                    f"expert {self.expert.name!r}: a request of {head.prompt_tokens} prompt tokens does not fit into "
+                    f"{engine.kv.num_blocks} KV blocks of {engine.kv.block_size} tokens even alone"
+                )
+            self._change_token_rate(now_s, 0.0)
+            self._event = None
+            if self._due:
+                self._wake_at(self._due[0].engine_arrival_s, self._on_arrival_when_idle)
+            return
+        for request in batch.preempted:
+            self._note_preemption(request, now_s)
+        for request in batch.admitted:
+            self._note_admission(request, now_s)
+        curve = self.expert.curve
+        decodes = self._tokens = batch.decodes
+        self._start_s = self.settled_s = now_s
+        self._emitted = 0
+        if batch.chunks:
+            work = engine.work(batch)
+            self._fixed_s = curve.iteration_s(work)
+            self._slope_s = 0.0
+            length = 1
+            self._tokens += sum([request.last_iteration >= 0 for request, _ in batch.chunks])
+            if work.prefill_tokens > self.largest_prefill_tokens:
+                self.largest_prefill_tokens = work.prefill_tokens
+            end_s = now_s + self._fixed_s
+        elif not decodes:  # the only running request preempted itself: the engine computes nothing and looks again
+            self._fixed_s = self._slope_s = 0.0
+            length, end_s = 1, now_s
+        else:
+            kv_tokens = batch.decode_kv_tokens
+            self._fixed_s, self._slope_s, until_kv_tokens = curve.decode_piece(decodes, kv_tokens)
+            length = engine.run_length()
+            if length > self._longest_run:
+                length = self._longest_run
+            if until_kv_tokens != inf:
+                length = min(length, int((until_kv_tokens - kv_tokens) // decodes) + 1)
+            self._length = length
+            end_s = self._end_of(length)
+            due = self._due
+            if length > 1 and due and due[0].engine_arrival_s < end_s and not engine.waiting:
+                # It left the front end's queue in advance, so no event announces it.
+                length = min(length, self._iterations_done(due[0].engine_arrival_s) + 1 + engine.lag)
+                end_s = self._end_of(length)
+        self._length = length
+        self._end_s = end_s
+        if self._router is not None and self._tokens:
+            self._change_token_rate(now_s, self._tokens * length / (end_s - now_s))
+        if decodes > self.largest_decodes:
+            self.largest_decodes = decodes
+        if batch.decode_kv_tokens > self.largest_kv_tokens:
+            self.largest_kv_tokens = batch.decode_kv_tokens
+        self._kv_blocks = used_blocks = engine.kv.num_blocks - engine.kv.free
+        if used_blocks > self.most_kv_blocks:
+            self.most_kv_blocks = used_blocks
+        self._wake_at(end_s, self._on_run_end)
+
+    # -------------------------------------------------------------------------------------------------- looking
+
+    def totals_at(self, time_s: float) -> Totals:
+        """Return the totals with the part of the run in flight, and of the waits going on, up to now."""
+        totals = replace(self.totals, front_end_busy_s=self.front_end.busy_s)
+        queued = [*self.engine.waiting, *self.engine.arriving, *self._due]
+        totals.waiting_s += sum(max(0.0, time_s - request.queued_since_s) for request in queued)
+        batch = self._batch
+        if batch is not None:
+            part_s = min(time_s, self._end_s) - self._start_s
+            totals.busy_s += part_s
+            totals.scheduled_s += part_s * (batch.decodes + len(batch.chunks))
+            totals.kv_block_s += part_s * self._kv_blocks
+        return totals
+
+    def time_in_engine_s(self) -> float:
+        """Return how long requests were scheduled, request by request, until ``settled_s``."""
+        running = sum(self.settled_s - request.scheduled_s - request.paused_s for request in self.engine.running)
+        preempted = sum(
+            request.queued_since_s - request.scheduled_s - request.paused_s
+            for request in self.engine.waiting
+            if request.preemptions
+        )
+        return self._served_s + running + preempted

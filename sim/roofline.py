@@ -1,0 +1,195 @@
+"""The service curve derived from a model's shape and a GPU's datasheet, with measured kernel efficiencies.
+
+One iteration is, layer by layer: four matrix products, attention, element-wise kernels and, tensor parallel, two
+all-reduces; then the LM head and sampling of one row per scheduled sequence; then what the host adds. Efficiency
+factors are in ``sim/data/roofline.json``.
+"""
+
+from typing import Literal
+
+from sim.catalogue import BF16_BYTES, Gpu, ModelShape, Quantization
+from sim.cuda_graphs import capture_sizes, padded_tokens
+from sim.factors import Factors, packaged_factors
+from sim.fleet import FrontEnd
+from sim.memory import kv_bytes_per_token
+from sim.service_curve import CurveSource, DecodePiece, IterationWork
+
+_FP32_BYTES = 4
+_ALL_REDUCES_PER_LAYER = 2  # after attention and after the MLP (Megatron, arXiv 1909.08053, section 3)
+
+
+class Roofline:
+    """Service curve of an uncalibrated engine; fulfils ``sim.service_curve.ServiceCurve``."""
+
+    def __init__(
+        self,
+        model: ModelShape,
+        quantization: Quantization,
+        gpu: Gpu,
+        *,
+        tensor_parallel_size: int = 1,
+        kv_cache_dtype: Literal["auto", "fp8"] = "auto",
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        enforce_eager: bool = False,
+        factors: Factors | None = None,
+    ) -> None:
+        factors = packaged_factors() if factors is None else factors
+        self._model = model
+        self._quantization = quantization
+        self._gpu = gpu
+        self._tensor_parallel_size = tensor_parallel_size
+        self._compute = quantization.compute_on(gpu)
+        self._gemm = factors.gemm(gpu, self._compute)
+        self._head_gemm = factors.gemm(gpu, "bf16")
+        self._elementwise = factors.elementwise(gpu)
+        self._attention = factors.attention(gpu, fp8_kv=kv_cache_dtype == "fp8")
+        self._all_reduce = factors.all_reduce(gpu, tensor_parallel_size)
+        self._host = factors.host
+        self._graph_sizes = (
+            ()
+            if enforce_eager
+            else capture_sizes(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, gpu=gpu)
+        )
+        launch_per_layer_s = self._host.eager_launch_per_layer_s if enforce_eager else self._host.launch_per_layer_s
+        self._launch_s = launch_per_layer_s * model.layers
+        kv_bytes = kv_bytes_per_token(model, tensor_parallel_size=tensor_parallel_size, kv_cache_dtype=kv_cache_dtype)
+        self._per_kv_token_s = kv_bytes / (gpu.bandwidth_bytes_per_s * self._attention.bandwidth_efficiency)
+        # a query-key pair is a multiply-add per head dimension for the score and one for the weighted sum
+        pair_operations = 4 * model.layers * model.query_size / tensor_parallel_size
+        self._per_pair_s = pair_operations / (gpu.bf16_per_s * self._attention.rate_efficiency)
+        # by batch: filled as batches occur, so that an iteration costs two look-ups and a sum
+        self._tokens_s: dict[int, float] = {}
+        self._rows_s: dict[int, float] = {}
+        self._source = CurveSource(label="roofline, not calibrated", detail=self._detail())
+
+    @property
+    def source(self) -> CurveSource:
+        """Provenance; a roofline has no fitted range."""
+        return self._source
+
+    def iteration_s(self, work: IterationWork) -> float:
+        """Seconds from the start of this iteration to the start of the next when the engine stays busy."""
+        prefill_tokens, prefill_chunks, pairs, prefill_kv_tokens, decodes, decode_kv_tokens = work
+        tokens = prefill_tokens + decodes
+        rows = prefill_chunks + decodes
+        gpu_s = (
+            self._tokens_at(tokens)
+            + self._rows_at(rows)
+            + self._per_pair_s * pairs
+            + self._per_kv_token_s * (prefill_kv_tokens + decode_kv_tokens)
+        )
+        return max(gpu_s, self._launch_floor_s(tokens)) + self._host_s(rows)
+
+    def decode_piece(self, decodes: int, decode_kv_tokens: int) -> DecodePiece:
+        """Affine piece of a decode-only batch: two pieces where launches may outlast the GPU, else one."""
+        fixed_s = self._tokens_at(decodes) + self._rows_at(decodes)
+        floor_s = self._launch_floor_s(decodes)
+        host_s = self._host_s(decodes)
+        launch_bound_until = (floor_s - fixed_s) / self._per_kv_token_s
+        if decode_kv_tokens < launch_bound_until:
+            return DecodePiece(floor_s + host_s, 0.0, launch_bound_until)
+        return DecodePiece(fixed_s + host_s, self._per_kv_token_s, float("inf"))
+
+    def _launch_floor_s(self, tokens: int) -> float:
+        """Seconds the host needs to launch a batch that runs without a CUDA graph; 0 with one."""
+        return 0.0 if self._graph_sizes and tokens <= self._graph_sizes[-1] else self._launch_s
+
+    def _host_s(self, rows: int) -> float:
+        return self._host.per_iteration_s + self._host.per_sequence_s * rows
+
+    def _tokens_at(self, tokens: int) -> float:
+        """Seconds of everything that depends on the batch's token count alone, padded to the captured size."""
+        seconds = self._tokens_s.get(tokens)
+        if seconds is None:
+            padded = padded_tokens(tokens, self._graph_sizes)
+            seconds = self._model.layers * self._layer_s(tokens if padded is None else padded)
+            self._tokens_s[tokens] = seconds
+        return seconds
+
+    def _rows_at(self, rows: int) -> float:
+        """Seconds of the LM head, sampling and per-sequence attention work for this many scheduled sequences."""
+        seconds = self._rows_s.get(rows)
+        if seconds is None:
+            model = self._model
+            logit_bytes = rows * model.vocab_size * _FP32_BYTES
+            sampling_s = (
+                self._host.sampling_fixed_s + self._host.sampling_passes * logit_bytes / self._gpu.bandwidth_bytes_per_s
+            )
+            attention_s = model.layers * self._attention.per_sequence_s * rows
+            seconds = self._head_s(rows) + sampling_s + attention_s
+            self._rows_s[rows] = seconds
+        return seconds
+
+    def _layer_s(self, tokens: int) -> float:
+        """Seconds of one layer for this many tokens; of attention all but reading KV and the work per pair."""
+        model, tp = self._model, self._tensor_parallel_size
+        qkv_out = model.query_size / tp + 2 * model.kv_heads_per_gpu(tp) * model.head_dim
+        intermediate = model.intermediate_size / tp
+        mixture = model.experts_total > 1
+        seconds = (
+            self._gemm_s(tokens, model.hidden_size, qkv_out)
+            + self._gemm_s(tokens, model.query_size / tp, model.hidden_size)
+            + self._gemm_s(tokens, model.hidden_size, 2 * intermediate, experts=mixture)
+            + self._gemm_s(tokens, intermediate, model.hidden_size, experts=mixture)
+        )
+        # two fused residual-and-norm kernels (read and write two), rotary embedding in place, gate times up
+        values = 8 * model.hidden_size + 2 * qkv_out + 3 * intermediate * model.experts_active
+        elementwise_bytes_per_s = self._gpu.bandwidth_bytes_per_s * self._elementwise.bandwidth_efficiency
+        seconds += self._elementwise.fixed_s + tokens * values * BF16_BYTES / elementwise_bytes_per_s
+        query_bytes = 2 * tokens * model.query_size / tp * BF16_BYTES
+        query_bytes_per_s = self._gpu.bandwidth_bytes_per_s * self._attention.query_bandwidth_efficiency
+        seconds += self._attention.fixed_s + query_bytes / query_bytes_per_s
+        if tp > 1:
+            seconds += _ALL_REDUCES_PER_LAYER * self._all_reduce_s(tokens * model.hidden_size * BF16_BYTES)
+        return seconds
+
+    def _experts_read(self, tokens: int) -> float:
+        """Mean number of experts that a batch visits when each token picks its experts independently and evenly."""
+        total, active = self._model.experts_total, self._model.experts_active
+        return float(total * (1 - (1 - active / total) ** tokens))
+
+    def _gemm_s(self, tokens: int, inputs: float, outputs: float, *, experts: bool = False) -> float:
+        """Seconds of one matrix product of the blocks, or of all the experts that the batch visits."""
+        model = self._model
+        visits = tokens * (model.experts_active if experts else 1)
+        read = self._experts_read(tokens) if experts else 1.0
+        input_bytes = BF16_BYTES if self._compute == "bf16" else 1
+        moved_bytes = inputs * outputs * self._quantization.weight_bytes * read
+        moved_bytes += visits * (inputs * input_bytes + outputs * BF16_BYTES)
+        rate_per_s = self._gpu.rate_per_s(self._compute) or self._gpu.bf16_per_s
+        return self._gemm.gemm_s(
+            moved_bytes / self._gpu.bandwidth_bytes_per_s, 2 * visits * inputs * outputs / rate_per_s
+        )
+
+    def _head_s(self, rows: int) -> float:
+        """Seconds of the LM head, which no quantization touches."""
+        inputs, outputs = self._model.hidden_size, self._model.vocab_size / self._tensor_parallel_size
+        moved_bytes = (inputs * outputs + rows * (inputs + outputs)) * BF16_BYTES
+        return self._head_gemm.gemm_s(
+            moved_bytes / self._gpu.bandwidth_bytes_per_s, 2 * rows * inputs * outputs / self._gpu.bf16_per_s
+        )
+
+    def _all_reduce_s(self, message_bytes: float) -> float:
+        """Seconds of one all-reduce; a ring moves ``2 (n - 1) / n`` of the message over each link."""
+        size = self._tensor_parallel_size
+        moved_bytes = 2 * (size - 1) / size * message_bytes
+        link_bytes_per_s = self._gpu.link_bandwidth_bytes_per_s * self._all_reduce.link_efficiency
+        return self._all_reduce.fixed_s + moved_bytes / link_bytes_per_s
+
+    def _detail(self) -> str:
+        architecture = Factors.architecture(self._gpu).capitalize()
+        text = (
+            f"derived from the shape of {self._model.name} ({self._quantization.name}) and the datasheet of "
+            f"{self._gpu.name} x{self._tensor_parallel_size}, with kernel efficiencies measured on {architecture} GPUs"
+        )
+        if not Factors.is_measured(self._gpu):
+            text += f", assumed to hold for {self._gpu.name}"
+        if self._quantization.weight_bits < 8:
+            text += "; 4-bit weights are assumed to stream at the bandwidth efficiency of bf16 weights"
+        return text
+
+
+def default_front_end() -> FrontEnd:
+    """Return the CPU cost of the API server process that the roofline assumes, measured at light load."""
+    return packaged_factors().front_end

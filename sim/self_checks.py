@@ -1,0 +1,130 @@
+"""What every run checks about itself. A failed check is a defect of the simulator, and raises."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sim.records import STATUSES
+
+if TYPE_CHECKING:
+    from sim.replica import Replica
+    from sim.simulation import Simulation
+
+TOLERANCE = 1e-6  # relative, for sums of floating-point times
+
+
+class SelfCheckError(RuntimeError):
+    """A run breaks a law that holds for every queueing system; its figures cannot be trusted."""
+
+
+@dataclass(slots=True)
+class Occupancy:
+    """How many are somewhere, integrated over time: the left side of Little's law, counted event by event."""
+
+    count: int = 0
+    _area_s: float = 0.0
+    _as_of_s: float = 0.0
+
+    def change(self, now_s: float, by: int) -> None:
+        """Let the count change now."""
+        self._area_s += self.count * (now_s - self._as_of_s)
+        self._as_of_s = now_s
+        self.count += by
+
+    def area_until(self, now_s: float) -> float:
+        """Return the integral of the count from the beginning until now."""
+        return self._area_s + self.count * (now_s - self._as_of_s)
+
+
+def check_run(simulation: "Simulation", requests: dict[str, NDArray[np.generic]], end_s: float) -> dict[str, str]:
+    """Check a finished run; return what each check found.
+
+    Conservation: every request sent has one outcome. Order: no timestamp lies before the one it follows. Little's law
+    (the integral of the number in a station equals the sum of the times spent there) for the whole system, the router
+    and every engine, the left side counted by events and the right side from the request records. KV blocks: taken and
+    free ones add up. Speed: no engine makes tokens faster than its own curve allows.
+
+    Raises:
+        SelfCheckError: one of them fails.
+    """
+    found = {"conservation": _conservation(simulation, requests), "order": _order(requests)}
+    found["little, system"] = _little(
+        "the system",
+        simulation.in_system.area_until(end_s),
+        requests["sent_s"] + simulation.user_network_s,
+        requests["last_token_s"] - simulation.user_network_s,
+        end_s,
+    )
+    if simulation.router is not None:
+        found["little, router"] = _little(
+            "the router",
+            simulation.at_router.area_until(end_s),
+            requests["sent_s"] + simulation.user_network_s,
+            requests["router_end_s"],
+            end_s,
+        )
+    spent = 0.0
+    for replica in simulation.replicas:
+        spent += _engine(replica)
+    found["little, engines"] = f"{spent:,.1f} request seconds"
+    return found
+
+
+def _fail(what: str) -> None:
+    raise SelfCheckError(f"self-check failed, please report this as a defect of the simulator: {what}")
+
+
+def _conservation(simulation: "Simulation", requests: dict[str, NDArray[np.generic]]) -> str:
+    counts = np.bincount(requests["status"], minlength=len(STATUSES))
+    if len(np.unique(requests["request_id"])) != len(requests["request_id"]):
+        _fail("a request is recorded twice")
+    # Those on their way from the user to the router are sent, and in flight, but not yet counted at its door.
+    on_the_way = counts.sum() - simulation.sent
+    if not 0 <= on_the_way <= counts[STATUSES.index("in_flight")] or counts[0] + counts[1] != simulation.ended:
+        _fail(f"{simulation.sent} requests entered, but {dict(zip(STATUSES, counts.tolist(), strict=True))} are recorded")
+    return ", ".join(f"{count:,} {status}" for status, count in zip(STATUSES, counts, strict=True))
+
+
+_ORDER = (
+    "sent_s",
+    "router_start_s",
+    "router_end_s",
+    "front_end_start_s",
+    "engine_arrival_s",
+    "scheduled_s",
+    "first_token_engine_s",
+    "first_token_s",
+    "last_token_s",
+)
+
+
+def _order(requests: dict[str, NDArray[np.generic]]) -> str:
+    latest = np.array(requests["sent_s"], np.float64)
+    for name in _ORDER[1:]:
+        column = np.asarray(requests[name], np.float64)
+        if np.any(column < latest - TOLERANCE):
+            _fail(f"{name} of request {requests['request_id'][np.argmax(column < latest - TOLERANCE)]} lies too early")
+        latest = np.fmax(latest, column)
+    return f"{len(latest):,} requests"
+
+
+def _little(where: str, area_s: float, enter_s: NDArray[np.float64], leave_s: NDArray[np.float64], end_s: float) -> str:
+    entered = enter_s <= end_s
+    spent_s = float((np.fmin(leave_s, end_s) - enter_s)[entered].sum())
+    if abs(area_s - spent_s) > TOLERANCE * max(1.0, spent_s):
+        _fail(f"Little's law in {where}: {area_s} request seconds by count, {spent_s} by request")
+    return f"{area_s:,.1f} request seconds"
+
+
+def _engine(replica: "Replica") -> float:
+    spent_s = replica.time_in_engine_s()
+    name = f"replica {replica.replica_index} of {replica.expert.name}"
+    area_s = replica.totals.scheduled_s
+    if abs(area_s - spent_s) > TOLERANCE * max(1.0, spent_s):
+        _fail(f"Little's law in {name}: {area_s} request seconds by iteration, {spent_s} by request")
+    kv = replica.engine.kv
+    if not 0 <= kv.free <= kv.num_blocks or (not replica.engine.running and kv.free != kv.num_blocks):
+        _fail(f"KV blocks of {name}: {kv.free} of {kv.num_blocks} free, {len(replica.engine.running)} requests running")
+    return spent_s

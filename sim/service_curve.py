@@ -1,0 +1,76 @@
+"""How long one engine iteration takes: the protocol every service-time model fulfils.
+
+Nothing else in the model knows how fast a GPU is.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+
+class IterationWork(NamedTuple):
+    """What one engine iteration computes.
+
+    Attributes:
+        prefill_tokens: prompt (or recomputed) tokens processed in this iteration.
+        prefill_chunks: number of requests those tokens belong to.
+        prefill_attention_pairs: sum over the chunks of query-key pairs. A chunk of ``q`` tokens after ``c`` computed
+            tokens has ``q * c + q * (q + 1) / 2`` pairs (causal attention).
+        prefill_kv_tokens: sum over the chunks of the tokens whose KV is read, ``c + q``.
+        decodes: requests that decode one token.
+        decode_kv_tokens: sum over those requests of the tokens whose KV is read (context, the new token included).
+    """
+
+    prefill_tokens: int
+    prefill_chunks: int
+    prefill_attention_pairs: float
+    prefill_kv_tokens: int
+    decodes: int
+    decode_kv_tokens: int
+
+
+class DecodePiece(NamedTuple):
+    """Time of a decode-only iteration: ``fixed_s + per_kv_token_s * decode_kv_tokens``.
+
+    Holds while ``decode_kv_tokens <= until_kv_tokens`` (``inf`` for a curve of one piece). With a fixed batch the KV
+    grows by the batch size in every iteration, so a run of iterations has a closed form.
+    """
+
+    fixed_s: float
+    per_kv_token_s: float
+    until_kv_tokens: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CurveSource:
+    """Where a curve's figures come from, printed beside every prediction made with it.
+
+    Attributes:
+        label: short, e.g. ``"roofline, not calibrated"`` or a profile's name.
+        detail: one sentence with engine version, data and error, for files and reports.
+        max_decodes: largest decode batch the curve was fitted on; None when it was not fitted.
+        max_decode_kv_tokens: largest KV read per iteration it was fitted on; None when it was not fitted.
+        max_prefill_tokens: largest prefill chunk total it was fitted on; None when it was not fitted.
+    """
+
+    label: str
+    detail: str
+    max_decodes: int | None = None
+    max_decode_kv_tokens: int | None = None
+    max_prefill_tokens: int | None = None
+
+
+class ServiceCurve(Protocol):
+    """Seconds of one engine iteration; monotone in every field of the work."""
+
+    @property
+    def source(self) -> CurveSource:
+        """Provenance and fitted range."""
+        ...
+
+    def iteration_s(self, work: IterationWork) -> float:
+        """Seconds from the start of this iteration to the start of the next when the engine stays busy."""
+        ...
+
+    def decode_piece(self, decodes: int, decode_kv_tokens: int) -> DecodePiece:
+        """Affine piece that gives ``iteration_s`` for a decode-only batch at this KV length."""
+        ...

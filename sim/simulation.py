@@ -1,0 +1,446 @@
+"""One fleet at one load in one replication: users, router and replicas on one clock."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import accumulate
+from math import isnan, nan
+
+import numpy as np
+from simpy import Environment
+from simpy.events import Event, Timeout
+
+from sim.chrome_trace import TracedIteration
+from sim.fleet import Fleet
+from sim.kv_cache import PrefixGroup
+from sim.policies import REPLICA_POLICIES, Pool, by_class, by_class_with_spill_over
+from sim.recorder import Recorder
+from sim.records import COMPLETED, FAILED, IN_FLIGHT, ReplicaStats, RouterStats, RunRecord
+from sim.replica import Replica, Request, Totals
+from sim.self_checks import Occupancy, check_run
+from sim.spec import ClosedLoop, OpenLoop, RouterSpec, RunSpec, Trace, WorkloadSpec
+from sim.stations import RouterStation
+from sim.streams import stream
+from sim.traffic import ClosedLoopTraffic, OpenTraffic, TraceTraffic, WorkloadData
+from sim.users import ClosedLoopUsers, arriving_requests
+
+PROGRESS_STEPS = 50
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPlan:
+    """What one run simulates.
+
+    Attributes:
+        load: users of a closed loop, requests per second of an open loop; NaN for a trace.
+        step_by_step: simulate every iteration as an event of its own (slow; to check the fast way against).
+        trace: (expert index, replica index) of the replica whose iterations to log, or None.
+    """
+
+    fleet: Fleet
+    workload: WorkloadSpec
+    run: RunSpec
+    data: WorkloadData = field(default_factory=WorkloadData)
+    load: float
+    replication: int = 0
+    step_by_step: bool = False
+    trace: tuple[int, int] | None = None
+
+
+def completions_to_measure(workload: WorkloadSpec, run: RunSpec, load: float) -> tuple[int | None, int]:
+    """Return how many completions a run measures and how many before them it leaves out (see ``RunSpec``).
+
+    None instead of the first: until ``duration_s`` has passed, or the trace is over.
+    """
+    measured: int | None
+    match workload.load:
+        case ClosedLoop():
+            per_user = round((run.requests_per_user or 0) * load)
+            measured = max(run.requests or 0, per_user) or max(500, 4 * int(load))
+            warm_up = int(load)
+        case OpenLoop():
+            measured = run.requests or 2000
+            warm_up = measured // 10
+        case Trace():
+            measured = run.requests
+            warm_up = 0
+    if run.duration_s is not None:
+        measured = None
+    if run.warm_up_s is not None:
+        warm_up = 0
+    elif run.warm_up_requests is not None:
+        warm_up = run.warm_up_requests
+    return measured, warm_up
+
+
+class Simulation:
+    """Builds the stations of a plan; ``run`` simulates it once.
+
+    Attributes:
+        traced: iterations of the traced replica.
+        replicas: of all experts, in order.
+        in_system, at_router: requests there, counted event by event (from the router's door to the router's door).
+        user_network_s: one-way delay between users and router.
+        sent: requests that entered the system.
+        ended: requests that completed or failed.
+    """
+
+    def __init__(self, plan: RunPlan, progress: Callable[[float], None] | None = None):
+        """Set up the run; ``progress`` is called now and then with the share of it that is done."""
+        self.traced: list[TracedIteration] = []
+        self.in_system = Occupancy()
+        self.at_router = Occupancy()
+        self.sent = 0
+        self.ended = 0
+        self._plan = plan
+        self._progress = progress
+        self._env = env = Environment()
+        self._seed = int(stream(plan.run.seed, "replication", plan.replication).integers(2**62))
+        self._recorder = Recorder()
+        self._active: dict[int, Request] = {}
+
+        spec = plan.fleet.router
+        self.router = RouterStation(spec, _service_factors(spec, self._seed)) if spec is not None else None
+        self.user_network_s = spec.user_network_s if spec else 0.0
+        self._expert_network_s = spec.expert_network_s if spec else 0.0
+        by_expert = [
+            [
+                Replica(
+                    env,
+                    expert,
+                    expert_index,
+                    replica_index,
+                    router=self.router,
+                    network_s=self._expert_network_s,
+                    user_network_s=self.user_network_s,
+                    deliver=self._deliver,
+                    step_by_step=plan.step_by_step,
+                    trace=self.traced if plan.trace == (expert_index, replica_index) else None,
+                )
+                for replica_index in range(expert.replicas)
+            ]
+            for expert_index, expert in enumerate(plan.fleet.experts)
+        ]
+        self.replicas = [replica for replicas in by_expert for replica in replicas]
+        self._choose = _choice(plan, by_expert, self._seed)
+        self._misroute = _confusion(plan, self._seed)
+        self._shared_prefix_tokens = [spec.shared_prefix_tokens for spec in plan.workload.classes.values()]
+
+        self._users: ClosedLoopUsers | None = None
+        self._arrivals: Iterator[Request] = iter(())
+        self._measured, self._warm_up = completions_to_measure(plan.workload, plan.run, plan.load)
+        self._last = None if self._measured is None else self._warm_up + self._measured
+        self._progress_step = max(1, (self._last or 0) // PROGRESS_STEPS)
+        self._window_start_s = nan
+        self._totals_at_start = [Totals() for _ in self.replicas]
+        self._router_busy_at_start_s = 0.0
+        self._router_area_at_start_s = 0.0
+        self._done = env.event()
+
+    def run(self) -> RunRecord:
+        """Simulate, check the outcome, and return its record.
+
+        Raises:
+            SelfCheckError: the outcome breaks conservation or Little's law; a defect of the simulator.
+        """
+        plan, env = self._plan, self._env
+        self._start_load()
+        if plan.run.warm_up_s is not None:
+            self._at(plan.run.warm_up_s, lambda event: self._open_window(env.now))
+        elif not self._warm_up:
+            self._open_window(0.0)
+        env.run(until=self._done if plan.run.duration_s is None else plan.run.duration_s)
+        return self._record()
+
+    # ---------------------------------------------------------------------------------------------------- users
+
+    def _start_load(self) -> None:
+        plan = self._plan
+        if isinstance(plan.workload.load, ClosedLoop):
+            users = int(plan.load)
+            self._users = ClosedLoopUsers(ClosedLoopTraffic(plan.workload, users, self._seed, plan.data), users)
+            starts: dict[float, list[Request]] = {}
+            for user in range(users):
+                request, start_s = self._users.next_request(user)
+                request.sent_s = start_s
+                self._active[request.request_id] = request
+                starts.setdefault(start_s, []).append(request)
+            for start_s, requests in starts.items():
+                self._at(start_s + self.user_network_s, self._on_router_arrivals, requests)
+            return
+        if isinstance(plan.workload.load, OpenLoop):
+            self._arrivals = arriving_requests(OpenTraffic(plan.workload, plan.load, self._seed, plan.data))
+        else:
+            self._arrivals = arriving_requests(TraceTraffic(plan.workload, plan.data, self._seed))
+        self._expect_next_arrival()
+
+    def _expect_next_arrival(self) -> None:
+        request = next(self._arrivals, None)
+        if request is not None:
+            self._active[request.request_id] = request
+            self._at(request.sent_s + self.user_network_s, self._on_open_arrival, [request])
+
+    def _on_open_arrival(self, event: Event) -> None:
+        self._expect_next_arrival()
+        self._on_router_arrivals(event)
+
+    def _send_next(self, answered: list[Request]) -> None:
+        """Let users whose answers leave the router now think and send again."""
+        users = self._users
+        assert users is not None
+        there_s = self.user_network_s
+        back_s = self._env.now + there_s
+        groups: list[tuple[float, list[Request]]] = []
+        together: list[Request] = []
+        together_at_s = nan
+        for before in answered:
+            request, think_s = users.next_request(before.user_id)
+            self._active[request.request_id] = request
+            request.sent_s = sent_s = back_s + think_s
+            if sent_s != together_at_s:
+                together, together_at_s = [], sent_s
+                groups.append((sent_s + there_s, together))
+            together.append(request)
+        for arrival_s, requests in groups:
+            if arrival_s > self._env.now:
+                self._at(arrival_s, self._on_router_arrivals, requests)
+            else:
+                self._take_in(requests)
+
+    # --------------------------------------------------------------------------------------- the way of a request
+
+    def _at(self, time_s: float, callback: Callable[[Event], None], value: object = None) -> None:
+        now_s = self._env.now
+        Timeout(self._env, time_s - now_s if time_s > now_s else 0.0, value).callbacks.append(callback)
+
+    def _on_router_arrivals(self, event: Event) -> None:
+        self._take_in(event.value)
+
+    def _take_in(self, requests: list[Request]) -> None:
+        now_s = self._env.now
+        self.sent += len(requests)
+        self.in_system.change(now_s, len(requests))
+        router = self.router
+        if router is None:
+            for request in requests:
+                self._send_to_expert(request, now_s)
+            return
+        self.at_router.change(now_s, len(requests))
+        for request in requests:
+            request.router_start_s, request.router_end_s = router.take_request(now_s, request.prompt_tokens)
+            self._at(request.router_end_s, self._on_routed, request)
+
+    def _on_routed(self, event: Event) -> None:
+        now_s = self._env.now
+        self.at_router.change(now_s, -1)
+        request: Request = event.value
+        if self._misroute is not None:
+            request.routed_class_index = self._misroute(request.class_index)
+        self._send_to_expert(request, now_s)
+
+    def _send_to_expert(self, request: Request, now_s: float) -> None:
+        replica = request.replica = self._choose(request)
+        replica.outstanding += 1
+        if self._expert_network_s:
+            self._at(now_s + self._expert_network_s, self._on_expert_arrival, request)
+        else:
+            self._submit(request, replica)
+
+    def _on_expert_arrival(self, event: Event) -> None:
+        request: Request = event.value
+        assert request.replica is not None
+        self._submit(request, request.replica)
+
+    def _submit(self, request: Request, replica: Replica) -> None:
+        if request.prompt_tokens + request.output_tokens > replica.expert.engine.max_model_len:
+            # The engine refuses it at once, as vLLM does with status 400.
+            refused_s = self._env.now + self._expert_network_s
+            request.last_token_s = refused_s + self.user_network_s
+            self._at(refused_s, self._on_refused, request)
+            return
+        shared_tokens = self._shared_prefix_tokens[request.class_index]
+        if shared_tokens:
+            group = replica.prefix_groups.get(request.class_index)
+            if group is None:
+                group = PrefixGroup(shared_tokens, replica.expert.engine.block_size)
+                replica.prefix_groups[request.class_index] = group
+            request.group = group
+        replica.submit(request)
+
+    def _on_refused(self, event: Event) -> None:
+        self._end([event.value], FAILED)
+
+    def _deliver(self, finished: list[Request], leaves_router_s: float) -> None:
+        self._at(leaves_router_s, self._on_answered, finished)
+
+    def _on_answered(self, event: Event) -> None:
+        self._end(event.value, COMPLETED)
+
+    def _end(self, requests: list[Request], status: int) -> None:
+        now_s = self._env.now
+        self.in_system.change(now_s, -len(requests))
+        for request in requests:
+            assert request.replica is not None
+            request.replica.outstanding -= 1
+            del self._active[request.request_id]
+            self._recorder.add(request, status)
+        before, self.ended = self.ended, self.ended + len(requests)
+        if before < self._warm_up <= self.ended:
+            self._open_window(now_s)
+        if self._last is not None:
+            if self._progress is not None and self.ended // self._progress_step > before // self._progress_step:
+                self._progress(min(1.0, self.ended / self._last))
+            if self.ended >= self._last:
+                if not self._done.triggered:
+                    self._done.succeed()
+                return
+        if self._users is not None:
+            self._send_next(requests)
+        elif not self._active:
+            self._done.succeed()  # a trace is over
+
+    # --------------------------------------------------------------------------------------------- what came of it
+
+    def _open_window(self, now_s: float) -> None:
+        self._window_start_s = now_s
+        self._totals_at_start = [replica.totals_at(now_s) for replica in self.replicas]
+        if self.router is not None:
+            self._router_busy_at_start_s = self.router.busy_until(now_s)
+        self._router_area_at_start_s = self.at_router.area_until(now_s)
+
+    def _record(self) -> RunRecord:
+        plan, end_s = self._plan, self._env.now
+        notes = []
+        if isnan(self._window_start_s):
+            notes.append("the run ended before its warm-up did: nothing was measured; give a longer run")
+            self._window_start_s = end_s
+        for request in self._active.values():
+            if request.sent_s <= end_s:
+                self._recorder.add(request, IN_FLIGHT)
+        requests = self._recorder.requests()
+        in_flight = requests["status"] == IN_FLIGHT
+        for name, column in requests.items():
+            if name.endswith("_s"):
+                column[in_flight & (column > end_s)] = nan  # known to the simulator, but not yet happened
+        start_user_s = self._window_start_s + (self.user_network_s if self._window_start_s else 0.0)
+        window_s = (start_user_s, end_s + self.user_network_s)
+        notes += [note for replica in self.replicas for note in _extrapolations(replica)]
+        checks = check_run(self, requests, end_s)
+        return RunRecord(
+            fleet=plan.fleet.name,
+            load_kind=plan.workload.load.kind,
+            load=plan.load,
+            replication=plan.replication,
+            expert_names=tuple(expert.name for expert in plan.fleet.experts),
+            class_names=tuple(plan.workload.classes),
+            requests=requests,
+            gaps=self._recorder.gaps(requests, self.replicas, window_s),
+            window_s=window_s,
+            replicas=tuple(
+                _replica_stats(replica, before, self._window_start_s, end_s)
+                for replica, before in zip(self.replicas, self._totals_at_start, strict=True)
+            ),
+            router=self._router_stats(end_s),
+            notes=tuple(dict.fromkeys(notes)),
+            checks=checks,
+        )
+
+    def _router_stats(self, end_s: float) -> RouterStats | None:
+        spec = self._plan.fleet.router
+        if self.router is None or spec is None:
+            return None
+        window_s = end_s - self._window_start_s
+        if not window_s:
+            return RouterStats(utilization=nan, waiting=nan)
+        busy_s = self.router.busy_until(end_s) - self._router_busy_at_start_s
+        in_router = (self.at_router.area_until(end_s) - self._router_area_at_start_s) / window_s
+        return RouterStats(utilization=busy_s / window_s / spec.workers, waiting=in_router)
+
+
+def _service_factors(spec: RouterSpec, seed: int) -> Callable[[], float]:
+    """Return a source of factors of mean 1 and the router's coefficient of variation (gamma)."""
+    if not spec.service_cv:
+        return lambda: 1.0
+    rng = stream(seed, "router_service")
+    shape = spec.service_cv**-2
+
+    def factors() -> Iterator[float]:
+        while True:
+            yield from (rng.standard_gamma(shape, 4096) / shape).tolist()
+
+    return factors().__next__
+
+
+def _choice(plan: RunPlan, by_expert: list[list[Replica]], seed: int) -> Callable[[Request], Replica]:
+    """Return the router's policy, applied to this fleet."""
+    spec = plan.fleet.router
+    if spec is None:
+        only = by_expert[0][0]
+        return lambda request: only
+    uniform = stream(seed, "policy").random
+    if spec.policy in REPLICA_POLICIES:
+        everywhere = Pool([replica for replicas in by_expert for replica in replicas])
+        pick = REPLICA_POLICIES[spec.policy]
+        return lambda request: pick(everywhere, uniform)
+    among = REPLICA_POLICIES[spec.replica_policy]
+    pools = [Pool(replicas) for replicas in by_expert]
+    class_map = plan.fleet.class_map
+    if spec.policy == "class":
+        return lambda request: among(pools[by_class(class_map[request.routed_class_index])], uniform)
+    saturated_at = [spec.spill_over_outstanding or expert.engine.max_num_seqs for expert in plan.fleet.experts]
+    return lambda request: among(
+        pools[by_class_with_spill_over(class_map[request.routed_class_index], pools, saturated_at)], uniform
+    )
+
+
+def _confusion(plan: RunPlan, seed: int) -> Callable[[int], int] | None:
+    """Return what the classifier takes a prompt of a class for; None when it is always right."""
+    spec = plan.fleet.router
+    if spec is None or (spec.accuracy == 1.0 and spec.confusion is None) or len(plan.workload.classes) == 1:
+        return None
+    names = list(plan.workload.classes)
+    others = len(names) - 1
+    rows = []
+    for name in names:
+        given = (spec.confusion or {}).get(name)
+        if given is None:
+            weights = [spec.accuracy if other == name else (1 - spec.accuracy) / others for other in names]
+        else:
+            weights = [given.get(other, 0.0) for other in names]
+        rows.append(list(accumulate(weight / sum(weights) for weight in weights)))
+    uniform = stream(seed, "confusion").random
+
+    def routed(class_index: int) -> int:
+        return min(int(np.searchsorted(rows[class_index], uniform(), side="right")), others)
+
+    return routed
+
+
+def _replica_stats(replica: Replica, before: Totals, start_s: float, end_s: float) -> ReplicaStats:
+    after = replica.totals_at(end_s)
+    window_s = end_s - start_s or nan
+    busy_s = after.busy_s - before.busy_s
+    blocks = replica.engine.kv.num_blocks
+    return ReplicaStats(
+        expert_index=replica.expert_index,
+        replica_index=replica.replica_index,
+        utilization=busy_s / window_s,
+        batch_size=(after.scheduled_s - before.scheduled_s) / busy_s if busy_s else nan,
+        running=(after.scheduled_s - before.scheduled_s) / window_s,
+        waiting=(after.waiting_s - before.waiting_s) / window_s,
+        kv_usage=(after.kv_block_s - before.kv_block_s) / window_s / blocks,
+        kv_usage_max=replica.most_kv_blocks / blocks,
+        front_end_utilization=(after.front_end_busy_s - before.front_end_busy_s) / window_s,
+        preemptions=after.preemptions - before.preemptions,
+        iterations=after.iterations - before.iterations,
+    )
+
+
+def _extrapolations(replica: Replica) -> Iterator[str]:
+    source = replica.expert.curve.source
+    for what, seen, fitted in (
+        ("decode batches up to", replica.largest_decodes, source.max_decodes),
+        ("KV reads per iteration up to", replica.largest_kv_tokens, source.max_decode_kv_tokens),
+        ("prefill tokens per iteration up to", replica.largest_prefill_tokens, source.max_prefill_tokens),
+    ):
+        if fitted is not None and seen > fitted:
+            yield f"{replica.expert.name}: {what} {seen:,}, but profile {source.label} was fitted up to {fitted:,} only"
