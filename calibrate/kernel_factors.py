@@ -171,7 +171,7 @@ def sampling_factors(ops: pd.DataFrame) -> list[Factor]:
 
     fitted, spread = _fit(sampling_s, _seconds(rows), [2e-5, 1.5], [0, 0], [1e-3, 20])
     how = f"fit of {len(rows)} sampler times on RTX 4090 (LLMServingSim), batch 1 to 256; {spread}"
-    return _named("host", ("sampling_fixed_s", "sampling_passes"), fitted, how)
+    return _named("sampling", ("fixed_s", "passes"), fitted, how)
 
 
 def eager_launch_factor(splitwise: pd.DataFrame) -> Factor:

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
+from scipy.optimize import nnls
 
 from calibrate import kernel_factors
 from calibrate.kernel_factors import Factor
@@ -32,6 +33,9 @@ _DISTINCT_PROMPTS = 100  # the load generator sent these over and over, so all b
 _STAGE_S = 600.0  # of runs whose request count was not published
 _BLOCK_TOKENS = 16
 _MIN_SATURATED_TOKENS_PER_S = 14_500
+_MAX_SATURATED_DECODES = 256
+_CHAT_PROMPT_TOKENS = 200
+_ASYNC = "host_asynchronous"
 
 PER_PROMPT_TOKEN_S = 1e-6
 COMPILED_LAUNCH_PER_LAYER_S = 0.12e-3
@@ -77,10 +81,22 @@ def all_factors(ops: pd.DataFrame, runs: pd.DataFrame, splitwise: pd.DataFrame) 
             "of the attention operator; a floor that large batches of 8B and larger models do not reach",
         ),
     ]
-    rows = steady_runs(runs)
-    rows = rows[rows["gpu"] == _HOST_GPU]
-    factors += host_factors(rows, factors)
-    factors += front_end_factors(rows, runs, factors)
+    open_loop, saturated = steady_runs(runs), saturated_runs(runs)
+    light = open_loop[open_loop["gpu"] == _HOST_GPU]
+    factors += [
+        *overhead_factors(
+            _ASYNC, light, "TPOT", factors, "unflagged dense open-loop stages", "vLLM 0.15.1, asynchronous"
+        ),
+        *overhead_factors(
+            "host_synchronous",
+            saturated[saturated["gpu"] == _HOST_GPU],
+            "median ITL",
+            factors,
+            "saturated closed-loop runs of the ML.ENERGY leaderboard",
+            f"version and prompts not in the data, taken as synchronous and {_CHAT_PROMPT_TOKENS} tokens long",
+        ),
+    ]
+    factors += front_end_factors(light, runs, factors)
     return factors
 
 
@@ -99,32 +115,55 @@ def steady_runs(runs: pd.DataFrame) -> pd.DataFrame:
     return rows
 
 
-def host_factors(rows: pd.DataFrame, kernels: list[Factor]) -> list[Factor]:
-    """Return what the host adds per iteration and per sequence: measured TPOT minus kernel time, a line over batch."""
-    without_host = _as_factors([*kernels, *_zero_host(), *_zero_front_end()])
+def saturated_runs(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the unflagged dense bf16 chat runs that keep a fixed number of requests running; steps without prefill.
+
+    Their median gap between tokens is a step that decodes only: fewer than half the steps carry a prefill up to some
+    250 requests at once, beyond which it is left out.
+    """
+    rows = runs[
+        runs["run_id"].str.contains("mlenergy/.*/lm-arena-chat/", regex=True)
+        & (runs["arch"] == "dense")
+        & (runs["quantization"] == "none")
+        & runs["flag"].isna()
+        & (runs["concurrency_mean"] <= _MAX_SATURATED_DECODES)
+        & ~runs["model"].str.contains("405B")  # not in the catalogue
+    ]
+    return rows.assign(
+        decodes=rows["concurrency_mean"],
+        in_len_mean=_CHAT_PROMPT_TOKENS,
+        tpot_mean=rows["itl_p50"],
+        rate_rps=0.0,
+        cold_share=0.0,
+    )
+
+
+def overhead_factors(
+    group: str, rows: pd.DataFrame, measure: str, kernels: list[Factor], what: str, engine: str
+) -> list[Factor]:
+    """Return what the host adds per iteration and per sequence: measured minus kernel time, a line over the batch."""
+    without_host = _as_factors(
+        [*kernels, Factor(f"{_ASYNC}.per_iteration_s", 0, ""), Factor(f"{_ASYNC}.per_sequence_s", 0, "")]
+    )
     kernel_s = np.asarray([_tpot_s(row, without_host) for row in rows.to_dict("records")])
     measured_s, decodes = rows["tpot_mean"].to_numpy(float), rows["decodes"].to_numpy(float)
     design = np.column_stack([np.ones_like(decodes), decodes]) / measured_s[:, None]
-    solution, *_ = np.linalg.lstsq(design, (measured_s - kernel_s) / measured_s, rcond=None)
-    if solution[1] < 0:  # no cost per sequence can be seen: the constant alone
-        solution = np.array(
-            [np.sum(design[:, 0] * (measured_s - kernel_s) / measured_s) / np.sum(design[:, 0] ** 2), 0]
-        )
-    left = (kernel_s + solution[0] + solution[1] * decodes) / measured_s - 1
+    solution, _ = nnls(design, (measured_s - kernel_s) / measured_s)
+    left = (kernel_s + design @ solution * measured_s) / measured_s - 1
     how = (
-        f"measured TPOT minus kernel time over {len(rows)} unflagged dense open-loop stages on {_HOST_GPU} "
-        f"(vLLM 0.15.1, asynchronous scheduling, {decodes.min():.0f} to {decodes.max():.0f} decoding), least squares "
-        f"of the relative error on a constant and the batch; median error left {np.median(np.abs(left)):.1%}"
+        f"measured {measure} minus kernel time over {len(rows)} {what} on {_HOST_GPU} ({engine}; {decodes.min():.0f} "
+        f"to {decodes.max():.0f} decoding), non-negative least squares of the relative error on a constant and the "
+        f"batch; median error left {np.median(np.abs(left)):.1%}, largest {np.max(np.abs(left)):.0%}"
     )
     return [
-        Factor("host.per_iteration_s", float(solution[0]), how),
-        Factor("host.per_sequence_s", float(solution[1]), how),
+        Factor(f"{group}.per_iteration_s", float(solution[0]), how),
+        Factor(f"{group}.per_sequence_s", float(solution[1]), how),
     ]
 
 
 def front_end_factors(rows: pd.DataFrame, runs: pd.DataFrame, factors: list[Factor]) -> list[Factor]:
     """Return the front end's cost per request from light-load TTFT, and per output token from saturated runs."""
-    known = _as_factors([*factors, *_zero_front_end()])
+    known = _as_factors(factors)
     light = rows[(rows["stage"] == 0) & rows["ttft_p50"].notna() & (rows["decodes"] < 40)]
     left_s = light["ttft_p50"].to_numpy(float) - np.asarray([_ttft_s(row, known) for row in light.to_dict("records")])
     left_s -= PER_PROMPT_TOKEN_S * light["in_len_mean"].to_numpy(float)
@@ -190,8 +229,8 @@ def prompt_comparison(splitwise: pd.DataFrame, factors: Factors) -> pd.DataFrame
     rows = splitwise[(splitwise["batch_size"] == 1) & splitwise["hardware"].isin(["a100-80gb", "h100-80gb"])]
     measured = rows.groupby(["hardware", "tensor_parallel", "prompt_tokens"])["prompt_time_ms"].median()
     lines = []
-    for (hardware, size, tokens), measured_ms in measured.items():
-        curve = _curve("meta-llama/Llama-2-70b-hf", str(hardware).upper(), int(size), 256, factors)
+    for hardware, size, tokens, measured_ms in measured.reset_index().itertuples(index=False, name=None):
+        curve = _curve("meta-llama/Llama-2-70b-hf", hardware.upper(), size, 256, factors)
         work = IterationWork(tokens, 1, tokens * (tokens + 1) / 2, tokens, 0, 0)
         lines.append((hardware, size, tokens, 1e3 * curve.iteration_s(work) / measured_ms))
     table = pd.DataFrame(lines, columns=["hardware", "tp", "prompt_tokens", "predicted / measured prompt time"])
@@ -248,15 +287,6 @@ def _curve(model: str, gpu: str, tensor_parallel_size: int, max_num_seqs: int, f
         max_num_batched_tokens=2048,
         factors=factors,
     )
-
-
-def _zero_host() -> list[Factor]:
-    return [Factor(f"host.{name}", 0.0, "") for name in ("per_iteration_s", "per_sequence_s")]
-
-
-def _zero_front_end() -> list[Factor]:
-    names = ("per_request_s", "per_prompt_token_s", "per_output_token_s")
-    return [Factor(f"front_end.{name}", 0.0, "") for name in names]
 
 
 def _as_factors(factors: list[Factor]) -> Factors:

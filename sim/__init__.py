@@ -1,9 +1,9 @@
 """Predict LLM fleets: Llama experts behind a prompt router, simulated iteration by iteration.
 
-    from sim import load_fleet, simulate
+from sim import load_fleet, simulate
 
-    result = simulate(load_fleet("fleet.yaml"))
-    result.summary  # a pandas frame
+result = simulate(load_fleet("fleet.yaml"))
+result.summary  # a pandas frame
 """
 
 from importlib import import_module

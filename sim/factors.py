@@ -78,26 +78,40 @@ class ElementwiseFactors:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HostFactors:
-    """What the CPU adds.
-
-    Attributes:
-        per_iteration_s: gap between iterations that the GPU does not hide.
-        per_sequence_s: likewise, per scheduled sequence.
-        launch_per_layer_s: CPU time to launch one compiled layer without a CUDA graph: a floor per iteration.
-        eager_launch_per_layer_s: likewise with ``enforce_eager``, not compiled.
-        sampling_fixed_s: fixed GPU time of sampling; ``sampling_passes`` is how often it moves the FP32 logits.
-    """
+class OverheadFactors:
+    """Time between iterations that the GPU does not hide: per iteration, and per scheduled sequence."""
 
     per_iteration_s: float
     per_sequence_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostFactors:
+    """CPU time to launch one layer without a CUDA graph, a floor of the iteration: compiled, or not (eager)."""
+
     launch_per_layer_s: float
     eager_launch_per_layer_s: float
-    sampling_fixed_s: float
-    sampling_passes: float
 
 
-_Group = TypeVar("_Group", GemmFactors, AttentionFactors, AllReduceFactors, ElementwiseFactors, HostFactors, FrontEnd)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingFactors:
+    """Sampling: ``fixed_s``, and how often it moves the FP32 logits (``passes``)."""
+
+    fixed_s: float
+    passes: float
+
+
+_Group = TypeVar(
+    "_Group",
+    bound=GemmFactors
+    | AttentionFactors
+    | AllReduceFactors
+    | ElementwiseFactors
+    | OverheadFactors
+    | HostFactors
+    | SamplingFactors
+    | FrontEnd,
+)
 
 
 class Factors:
@@ -144,10 +158,19 @@ class Factors:
         """Element-wise kernels."""
         return self._group(f"{self.architecture(gpu)}.elementwise", ElementwiseFactors)
 
+    def overhead(self, *, async_scheduling: bool) -> OverheadFactors:
+        """What the host adds; a synchronous engine schedules and prepares while the GPU waits."""
+        return self._group("host_asynchronous" if async_scheduling else "host_synchronous", OverheadFactors)
+
     @property
     def host(self) -> HostFactors:
-        """What the CPU adds."""
+        """Launches without a CUDA graph."""
         return self._group("host", HostFactors)
+
+    @property
+    def sampling(self) -> SamplingFactors:
+        """Sampling kernels."""
+        return self._group("sampling", SamplingFactors)
 
     @property
     def front_end(self) -> FrontEnd:

@@ -193,15 +193,16 @@ def _check_router(file: FleetFile, router: RouterSpec, path: Path, mistakes: Mis
 
 
 def _longest_requests(file: FleetFile, data: WorkloadData, mistakes: Mistakes) -> dict[str, tuple[int, str]]:
-    """For each class, the most tokens (prompt and output) that one request can have, and what they are made of.
+    """For each class, the most tokens (prompt and output) that one request can have, and a clause that says so.
 
     Unbounded lengths are a mistake, and the class is then left out.
     """
     if data.trace is not None:
         tokens = data.trace.prompt_tokens + data.trace.output_tokens
         longest = int(tokens.argmax())
-        parts = f"prompt {data.trace.prompt_tokens[longest]}, output {data.trace.output_tokens[longest]}, in the trace"
-        return {name: (int(tokens[longest]), parts) for name in file.workload.classes}
+        parts = f"prompt {data.trace.prompt_tokens[longest]}, output {data.trace.output_tokens[longest]}"
+        what = f"the trace has a request of {tokens[longest]} ({parts})"
+        return {name: (int(tokens[longest]), what) for name in file.workload.classes}
     requests = {}
     for name, spec in file.workload.classes.items():
         largest = []
@@ -214,7 +215,8 @@ def _longest_requests(file: FleetFile, data: WorkloadData, mistakes: Mistakes) -
             else:
                 largest.append(max(1, round(value)))
         if len(largest) == 2:
-            requests[name] = (sum(largest), f"prompt up to {largest[0]}, output up to {largest[1]}")
+            parts = f"prompt up to {largest[0]}, output up to {largest[1]}"
+            requests[name] = (sum(largest), f"a request of class {name!r} can have {sum(largest)} ({parts})")
             if spec.shared_prefix_tokens > largest[0]:
                 problem = f"{spec.shared_prefix_tokens} exceeds the longest prompt of the class, {largest[0]} tokens"
                 mistakes.add(("workload", "classes", name, "shared_prefix_tokens"), problem)
@@ -240,14 +242,12 @@ def _check_lengths(
     fleet: FleetSpec, reaching: dict[str, set[str]], longest: dict[str, tuple[int, str]], path: Path, mistakes: Mistakes
 ) -> None:
     """Check that the longest request that can reach an expert fits its max_model_len; one line for equal experts."""
-    too_short: dict[tuple[int, int, str], list[str]] = {}
+    too_short: dict[tuple[int, str], list[str]] = {}
     for name, expert in fleet.experts.items():
         limit, _, _ = engine_limits(expert)
-        requests = {longest[each]: each for each in sorted(reaching[name], reverse=True) if each in longest}
-        if requests and max(requests)[0] > limit:
-            tokens, parts = max(requests)
-            what = f"a request of class {requests[tokens, parts]!r} can have {tokens} ({parts})"
-            too_short.setdefault((limit, tokens, what), []).append(name)
-    for (limit, _, what), names in too_short.items():
+        tokens, what = max((longest[each] for each in reaching[name] if each in longest), default=(0, ""))
+        if tokens > limit:
+            too_short.setdefault((limit, what), []).append(name)
+    for (limit, what), names in too_short.items():
         problem = f"max_model_len of {', '.join(names)} is {limit} tokens, but {what}"
         mistakes.add((*path, "experts"), problem)

@@ -313,3 +313,7 @@ def _partial(definition: dict[str, Any]) -> dict[str, Any]:
         name: {"anyOf": [field, {"type": "null"}]} for name, field in partial["properties"].items()
     }
     return partial
+
+
+if __name__ == "__main__":
+    print(json.dumps(fleet_file_schema(), indent=2))

@@ -4,7 +4,7 @@ import csv
 import json
 import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from sim.chrome_trace import TracedIteration, chrome_trace
 from sim.metrics import Row
 from sim.result import Result, request_frame
 from sim.summary import summary_columns
@@ -51,6 +52,13 @@ def write_result(result: Result, folder: Path, formats: Collection[str] = DEFAUL
     if pictures and result.runs:
         paths += _write_pictures(folder, result, pictures)
     return paths
+
+
+def write_chrome_trace(iterations: Iterable[TracedIteration], replica: str, folder: Path) -> Path:
+    """Write one replica's iterations as ``trace.json`` for Perfetto and return its path."""
+    path = folder / "trace.json"
+    _write_text(path, chrome_trace(iterations, replica))
+    return path
 
 
 def result_json(result: Result) -> str:

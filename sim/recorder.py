@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,13 +58,13 @@ class Recorder:
     def _rows(self) -> NDArray[np.float64]:
         return np.frombuffer(self._values, np.float64).reshape(-1, len(_COLUMNS))
 
-    def requests(self) -> dict[str, NDArray[np.generic]]:
+    def requests(self) -> dict[str, NDArray[Any]]:
         """Return the columns of ``REQUEST_COLUMNS`` recorded so far, as copies."""
         rows = self._rows()
         return {name: rows[:, i].astype(dtype) for i, (name, dtype) in enumerate(REQUEST_COLUMNS.items())}
 
     def gaps(
-        self, columns: dict[str, NDArray[np.generic]], replicas: Sequence[Replica], window_s: tuple[float, float]
+        self, columns: dict[str, NDArray[Any]], replicas: Sequence[Replica], window_s: tuple[float, float]
     ) -> TokenGaps:
         """Return the gaps between the tokens of all requests that completed inside the window.
 
@@ -118,4 +119,5 @@ def _merge(
     gap_s = np.concatenate([gaps for gaps, _ in parts])
     weight = np.concatenate([weights for _, weights in parts])
     steps, where = np.unique(np.rint(gap_s / GAP_RESOLUTION_S).astype(np.int64), return_inverse=True)
-    return steps * GAP_RESOLUTION_S, np.bincount(where, weight, len(steps)).astype(np.int64)
+    merged_s: NDArray[np.float64] = steps * GAP_RESOLUTION_S
+    return merged_s, np.bincount(where, weight, len(steps)).astype(np.int64)

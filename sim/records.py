@@ -1,6 +1,7 @@
-"""Raw measurements of one run, simulated or real: timestamps and counts. Metrics derive from them in ``sim.metrics``."""
+"""Raw measurements of one run, simulated or real: timestamps and counts, from which ``sim.metrics`` derives."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,11 +86,11 @@ class RouterStats:
 
     Attributes:
         utilization: busy share of all workers, requests and streamed tokens together.
-        waiting: mean number of requests waiting for a worker.
+        requests: mean number of requests in it, waiting or being served.
     """
 
     utilization: float
-    waiting: float
+    requests: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +120,7 @@ class RunRecord:
     replication: int
     expert_names: tuple[str, ...]
     class_names: tuple[str, ...]
-    requests: dict[str, NDArray[np.generic]]
+    requests: dict[str, NDArray[Any]]
     gaps: TokenGaps
     window_s: tuple[float, float]
     replicas: tuple[ReplicaStats, ...]

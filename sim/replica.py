@@ -5,6 +5,7 @@ decode-only iterations with the same requests is one event: iteration ``k`` of i
 seconds, so the end of any iteration, and the iteration in flight at any moment, have closed forms.
 """
 
+import sys
 from array import array
 from collections import deque
 from collections.abc import Callable
@@ -170,7 +171,7 @@ class Replica:
         self._network_s = network_s
         self._user_network_s = user_network_s
         self._deliver = deliver
-        self._longest_run = 1 if step_by_step else inf
+        self._longest_run = 1 if step_by_step else sys.maxsize
         self._trace = trace
         self._due: deque[Request] = deque()  # passed the front end at engine_arrival_s, which may lie ahead
         self._event: Event | None = None  # the one that counts; a superseded one finds itself stale

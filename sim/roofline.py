@@ -19,7 +19,11 @@ _ALL_REDUCES_PER_LAYER = 2  # after attention and after the MLP (Megatron, arXiv
 
 
 class Roofline:
-    """Service curve of an uncalibrated engine; fulfils ``sim.service_curve.ServiceCurve``."""
+    """Service curve of an uncalibrated engine; fulfils ``sim.service_curve.ServiceCurve``.
+
+    Not modelled: the host's work between the graph pieces of a small mixed batch (hidden behind the GPU for models of
+    7B and more), and sampling filters (top-k, top-p), which sort every row of logits.
+    """
 
     def __init__(
         self,
@@ -32,6 +36,7 @@ class Roofline:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         enforce_eager: bool = False,
+        async_scheduling: bool = True,
         factors: Factors | None = None,
     ) -> None:
         factors = packaged_factors() if factors is None else factors
@@ -45,13 +50,15 @@ class Roofline:
         self._elementwise = factors.elementwise(gpu)
         self._attention = factors.attention(gpu, fp8_kv=kv_cache_dtype == "fp8")
         self._all_reduce = factors.all_reduce(gpu, tensor_parallel_size)
-        self._host = factors.host
+        self._sampling = factors.sampling
+        self._overhead = factors.overhead(async_scheduling=async_scheduling)
         self._graph_sizes = (
             ()
             if enforce_eager
             else capture_sizes(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, gpu=gpu)
         )
-        launch_per_layer_s = self._host.eager_launch_per_layer_s if enforce_eager else self._host.launch_per_layer_s
+        host = factors.host
+        launch_per_layer_s = host.eager_launch_per_layer_s if enforce_eager else host.launch_per_layer_s
         self._launch_s = launch_per_layer_s * model.layers
         kv_bytes = kv_bytes_per_token(model, tensor_parallel_size=tensor_parallel_size, kv_cache_dtype=kv_cache_dtype)
         self._per_kv_token_s = kv_bytes / (gpu.bandwidth_bytes_per_s * self._attention.bandwidth_efficiency)
@@ -61,7 +68,10 @@ class Roofline:
         # by batch: filled as batches occur, so that an iteration costs two look-ups and a sum
         self._tokens_s: dict[int, float] = {}
         self._rows_s: dict[int, float] = {}
-        self._source = CurveSource(label="roofline, not calibrated", detail=self._detail())
+        scheduling = "asynchronous" if async_scheduling else "synchronous"
+        self._source = CurveSource(
+            label="roofline, not calibrated", detail=f"{self._detail()}; {scheduling} scheduling"
+        )
 
     @property
     def source(self) -> CurveSource:
@@ -96,7 +106,7 @@ class Roofline:
         return 0.0 if self._graph_sizes and tokens <= self._graph_sizes[-1] else self._launch_s
 
     def _host_s(self, rows: int) -> float:
-        return self._host.per_iteration_s + self._host.per_sequence_s * rows
+        return self._overhead.per_iteration_s + self._overhead.per_sequence_s * rows
 
     def _tokens_at(self, tokens: int) -> float:
         """Seconds of everything that depends on the batch's token count alone, padded to the captured size."""
@@ -113,9 +123,7 @@ class Roofline:
         if seconds is None:
             model = self._model
             logit_bytes = rows * model.vocab_size * _FP32_BYTES
-            sampling_s = (
-                self._host.sampling_fixed_s + self._host.sampling_passes * logit_bytes / self._gpu.bandwidth_bytes_per_s
-            )
+            sampling_s = self._sampling.fixed_s + self._sampling.passes * logit_bytes / self._gpu.bandwidth_bytes_per_s
             attention_s = model.layers * self._attention.per_sequence_s * rows
             seconds = self._head_s(rows) + sampling_s + attention_s
             self._rows_s[rows] = seconds

@@ -7,6 +7,7 @@ from math import nan
 
 import numpy as np
 
+from sim.chrome_trace import TracedIteration
 from sim.feasibility import check_feasible
 from sim.records import RunRecord
 from sim.resolve import resolve_fleet
@@ -14,7 +15,6 @@ from sim.result import Result
 from sim.simulation import RunPlan, Simulation, completions_to_measure
 from sim.spec import ClosedLoop, FleetFile, OpenLoop, UserGrid, WorkloadSpec
 from sim.traces import read_workload_data
-from sim.traffic import WorkloadData
 
 WORTH_A_PROCESS = 30_000
 """Requests in all from which starting worker processes (a second or two) pays."""
@@ -81,6 +81,40 @@ def simulate(
     )
 
 
+def find_replica(file: FleetFile, place: str) -> tuple[str, int, int]:
+    """Return fleet name, expert index and replica index of ``FLEET/EXPERT/REPLICA``, the last one a number from 0.
+
+    Raises:
+        ValueError: the file has no such replica.
+    """
+    places = {
+        f"{fleet_name}/{expert_name}/{replica}": (fleet_name, index, replica)
+        for fleet_name, fleet in file.fleets.items()
+        for index, (expert_name, expert) in enumerate(fleet.experts.items())
+        for replica in range(expert.replicas)
+    }
+    if place not in places:
+        raise ValueError(f"no replica {place!r}; expected FLEET/EXPERT/REPLICA, for example {next(iter(places))!r}")
+    return places[place]
+
+
+def trace_replica(result: Result, fleet: str, expert_index: int, replica_index: int) -> list[TracedIteration]:
+    """Simulate the first replication of a fleet's highest load again and return one replica's iterations."""
+    workload = result.file.workload
+    simulation = Simulation(
+        RunPlan(
+            fleet=result.fleets[fleet],
+            workload=workload,
+            run=result.file.run,
+            data=read_workload_data(workload),
+            load=loads(workload)[-1],
+            trace=(expert_index, replica_index),
+        )
+    )
+    simulation.run()
+    return simulation.traced
+
+
 def program_version() -> str:
     """Return the installed version of the package; ``"unknown"`` in a checkout that is not installed."""
     try:
@@ -109,15 +143,16 @@ def with_changes(
 
 def loads(workload: WorkloadSpec) -> list[float]:
     """Return the loads of a workload in increasing order: users, requests per second, or one NaN for a trace."""
-    match workload.load:
-        case ClosedLoop(users=UserGrid() as grid):
-            return sorted({float(round(n)) for n in np.geomspace(grid.start, grid.stop, grid.points)})
-        case ClosedLoop(users=users):
-            return sorted({float(n) for n in ([users] if isinstance(users, int) else users)})
-        case OpenLoop(rate_rps=rates):
-            return sorted({float(rate) for rate in ([rates] if isinstance(rates, float) else rates)})
-        case _:
-            return [nan]
+    load = workload.load
+    if isinstance(load, ClosedLoop):
+        users = load.users
+        if isinstance(users, UserGrid):
+            return sorted({float(round(n)) for n in np.geomspace(users.start, users.stop, users.points)})
+        return sorted({float(n) for n in ([users] if isinstance(users, int) else users)})
+    if isinstance(load, OpenLoop):
+        rates = load.rate_rps
+        return sorted(set([rates] if isinstance(rates, float) else rates))
+    return [nan]
 
 
 def expected_requests(plan: RunPlan) -> float:
@@ -140,14 +175,8 @@ def _run_all(
     finished = 0.0
     if workers <= 1:
         for index, plan in enumerate(plans):
-            within = None
-            if progress is not None:
-                before, weight, report = finished, weights[index], progress
-
-                def within(share: float) -> None:
-                    report((before + share * weight) / total)
-
-            yield index, Simulation(plan, within).run()
+            part = None if progress is None else _part(progress, finished / total, weights[index] / total)
+            yield index, Simulation(plan, part).run()
             finished += weights[index]
             if progress is not None:
                 progress(finished / total)
@@ -162,6 +191,11 @@ def _run_all(
         finished += weights[index]
         if progress is not None:
             progress(finished / total)
+
+
+def _part(progress: Progress, before: float, weight: float) -> Progress:
+    """Return a progress for one run within the whole."""
+    return lambda share: progress(before + share * weight)
 
 
 def _run_one(index: int, plan: RunPlan) -> tuple[int, RunRecord]:

@@ -1,12 +1,12 @@
 """What every run checks about itself. A failed check is a defect of the simulator, and raises."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.records import STATUSES
+from sim.records import COMPLETED, FAILED, IN_FLIGHT, STATUSES
 
 if TYPE_CHECKING:
     from sim.replica import Replica
@@ -38,7 +38,7 @@ class Occupancy:
         return self._area_s + self.count * (now_s - self._as_of_s)
 
 
-def check_run(simulation: "Simulation", requests: dict[str, NDArray[np.generic]], end_s: float) -> dict[str, str]:
+def check_run(simulation: "Simulation", requests: dict[str, NDArray[Any]], end_s: float) -> dict[str, str]:
     """Check a finished run; return what each check found.
 
     Conservation: every request sent has one outcome. Order: no timestamp lies before the one it follows. Little's law
@@ -76,15 +76,16 @@ def _fail(what: str) -> None:
     raise SelfCheckError(f"self-check failed, please report this as a defect of the simulator: {what}")
 
 
-def _conservation(simulation: "Simulation", requests: dict[str, NDArray[np.generic]]) -> str:
+def _conservation(simulation: "Simulation", requests: dict[str, NDArray[Any]]) -> str:
     counts = np.bincount(requests["status"], minlength=len(STATUSES))
     if len(np.unique(requests["request_id"])) != len(requests["request_id"]):
         _fail("a request is recorded twice")
     # Those on their way from the user to the router are sent, and in flight, but not yet counted at its door.
     on_the_way = counts.sum() - simulation.sent
-    if not 0 <= on_the_way <= counts[STATUSES.index("in_flight")] or counts[0] + counts[1] != simulation.ended:
-        _fail(f"{simulation.sent} requests entered, but {dict(zip(STATUSES, counts.tolist(), strict=True))} are recorded")
-    return ", ".join(f"{count:,} {status}" for status, count in zip(STATUSES, counts, strict=True))
+    recorded = ", ".join(f"{count:,} {status}" for status, count in zip(STATUSES, counts, strict=True))
+    if not 0 <= on_the_way <= counts[IN_FLIGHT] or counts[COMPLETED] + counts[FAILED] != simulation.ended:
+        _fail(f"{simulation.sent:,} requests entered and {simulation.ended:,} ended, but recorded are {recorded}")
+    return recorded
 
 
 _ORDER = (
@@ -100,7 +101,7 @@ _ORDER = (
 )
 
 
-def _order(requests: dict[str, NDArray[np.generic]]) -> str:
+def _order(requests: dict[str, NDArray[Any]]) -> str:
     latest = np.array(requests["sent_s"], np.float64)
     for name in _ORDER[1:]:
         column = np.asarray(requests[name], np.float64)

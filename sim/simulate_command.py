@@ -9,13 +9,13 @@ import click
 from rich.console import Console
 
 from sim.fleet_file import FleetFileError, load_fleet
-from sim.outputs import DEFAULT_FORMATS, FORMATS, result_json, write_result
+from sim.outputs import DEFAULT_FORMATS, FORMATS, result_json, write_chrome_trace, write_result
 from sim.report import print_report
-from sim.run import Progress, simulate
+from sim.run import Progress, find_replica, simulate, trace_replica
 from sim.traces import TraceError
 
 
-class UserList(click.ParamType):
+class UserList(click.ParamType[list[int]]):
     """Comma-separated numbers of users."""
 
     name = "users"
@@ -72,6 +72,7 @@ def command(
     try:
         with fleet_path(file) as path:
             fleet_file = load_fleet(path, overrides)
+            traced = None if chrome_trace is None else find_replica(fleet_file, chrome_trace)
             with progress_bar(messages) as progress:
                 result = simulate(
                     fleet_file,
@@ -90,8 +91,8 @@ def command(
         print_report(result, Console())
     if out is not None:
         written = write_result(result, out, formats or DEFAULT_FORMATS)
-        if chrome_trace is not None:
-            written.append(write_chrome_trace(result, chrome_trace, out))
+        if chrome_trace is not None and traced is not None:
+            written.append(write_chrome_trace(trace_replica(result, *traced), chrome_trace, out))
         messages.print(f"wrote {len(written)} files to {out}", highlight=False)
     if file is None and not as_json:
         messages.print(HOW_TO_GO_ON, highlight=False)
@@ -124,7 +125,8 @@ def progress_bar(console: Console) -> Iterator[Progress | None]:
     if not console.is_terminal:
         yield None
         return
-    from rich.progress import BarColumn, Progress as Bar, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
 
     columns = TextColumn("simulating"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
     with Bar(*columns, console=console, transient=True) as bar:

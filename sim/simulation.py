@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 from math import isnan, nan
+from typing import Any
 
 import numpy as np
 from simpy import Environment
@@ -213,7 +214,8 @@ class Simulation:
         Timeout(self._env, time_s - now_s if time_s > now_s else 0.0, value).callbacks.append(callback)
 
     def _on_router_arrivals(self, event: Event) -> None:
-        self._take_in(event.value)
+        requests: Any = event.value
+        self._take_in(requests)
 
     def _take_in(self, requests: list[Request]) -> None:
         now_s = self._env.now
@@ -232,7 +234,7 @@ class Simulation:
     def _on_routed(self, event: Event) -> None:
         now_s = self._env.now
         self.at_router.change(now_s, -1)
-        request: Request = event.value
+        request: Any = event.value
         if self._misroute is not None:
             request.routed_class_index = self._misroute(request.class_index)
         self._send_to_expert(request, now_s)
@@ -246,8 +248,7 @@ class Simulation:
             self._submit(request, replica)
 
     def _on_expert_arrival(self, event: Event) -> None:
-        request: Request = event.value
-        assert request.replica is not None
+        request: Any = event.value
         self._submit(request, request.replica)
 
     def _submit(self, request: Request, replica: Replica) -> None:
@@ -267,13 +268,15 @@ class Simulation:
         replica.submit(request)
 
     def _on_refused(self, event: Event) -> None:
-        self._end([event.value], FAILED)
+        request: Any = event.value
+        self._end([request], FAILED)
 
     def _deliver(self, finished: list[Request], leaves_router_s: float) -> None:
         self._at(leaves_router_s, self._on_answered, finished)
 
     def _on_answered(self, event: Event) -> None:
-        self._end(event.value, COMPLETED)
+        finished: Any = event.value
+        self._end(finished, COMPLETED)
 
     def _end(self, requests: list[Request], status: int) -> None:
         now_s = self._env.now
@@ -309,7 +312,7 @@ class Simulation:
 
     def _record(self) -> RunRecord:
         plan, end_s = self._plan, self._env.now
-        notes = []
+        notes = list(plan.data.notes)
         if isnan(self._window_start_s):
             notes.append("the run ended before its warm-up did: nothing was measured; give a longer run")
             self._window_start_s = end_s
@@ -350,10 +353,10 @@ class Simulation:
             return None
         window_s = end_s - self._window_start_s
         if not window_s:
-            return RouterStats(utilization=nan, waiting=nan)
+            return RouterStats(utilization=nan, requests=nan)
         busy_s = self.router.busy_until(end_s) - self._router_busy_at_start_s
         in_router = (self.at_router.area_until(end_s) - self._router_area_at_start_s) / window_s
-        return RouterStats(utilization=busy_s / window_s / spec.workers, waiting=in_router)
+        return RouterStats(utilization=busy_s / window_s / spec.workers, requests=in_router)
 
 
 def _service_factors(spec: RouterSpec, seed: int) -> Callable[[], float]:

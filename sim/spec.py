@@ -73,8 +73,8 @@ class Lognormal(Spec):
 class Empirical(Spec):
     """Values drawn with replacement from a column of a CSV (or CSV.gz) file, path relative to the fleet file.
 
-    A ShareGPT file (``.json`` or ``.json.gz``) has the columns ``prompt_tokens`` and ``output_tokens``. Two columns of one
-    file are drawn independently of each other.
+    A ShareGPT file (``.json`` or ``.json.gz``) has the columns ``prompt_tokens`` and ``output_tokens``. Two columns of
+    one file are drawn independently of each other.
     """
 
     distribution: Literal["empirical"] = "empirical"
@@ -139,9 +139,7 @@ class ExpertSpec(Spec):
     profile: str | None = Field(None, description="a profile file or the name of a packaged one; none: the roofline")
 
 
-Policy = Literal[
-    "class", "class_with_spill_over", "random", "round_robin", "least_outstanding", "power_of_two_choices"
-]
+Policy = Literal["class", "class_with_spill_over", "random", "round_robin", "least_outstanding", "power_of_two_choices"]
 ReplicaPolicy = Literal["random", "round_robin", "least_outstanding", "power_of_two_choices"]
 
 
@@ -164,7 +162,7 @@ class RouterSpec(Spec):
     )
     user_network_s: Seconds = Field(0.0, description="one-way delay between users and the router")
     expert_network_s: Seconds = Field(0.0, description="one-way delay between the router and its experts")
-    accuracy: Probability = Field(1.0, description="share of prompts classified right; the rest go to the other classes")
+    accuracy: Probability = Field(1.0, description="share of prompts classified right; others are spread evenly")
     confusion: dict[str, dict[str, Annotated[float, Field(ge=0)]]] | None = Field(
         None, description="true class -> {routed class: weight}; replaces accuracy for the classes it names"
     )

@@ -25,8 +25,13 @@ class ClosedLoopUsers:
         self._next_round[user] = k + 1
         columns = self._rounds.get(k)
         if columns is None:
-            class_index, prompt_tokens, output_tokens, think_s = map(memoryview, self._traffic.round(k))
-            columns = self._rounds[k] = class_index, prompt_tokens, output_tokens, think_s
+            drawn = self._traffic.round(k)
+            columns = self._rounds[k] = (
+                drawn.class_index.data,
+                drawn.prompt_tokens.data,
+                drawn.output_tokens.data,
+                drawn.think_s.data,
+            )
             self._left_in_round[k] = self._users
         self._left_in_round[k] -= 1
         if not self._left_in_round[k]:

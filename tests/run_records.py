@@ -160,7 +160,7 @@ def make_run(
         replicas=tuple(
             replace(REPLICA, expert_index=index, utilization=min(1.0, pressure / 10)) for index in range(experts)
         ),
-        router=RouterStats(utilization=0.1, waiting=0.01) if fleet.router else None,
+        router=RouterStats(utilization=0.1, requests=0.01) if fleet.router else None,
         notes=notes,
     )
 

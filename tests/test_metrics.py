@@ -44,7 +44,7 @@ def small_run() -> RunRecord:
             replace(REPLICA, utilization=0.75, batch_size=10.0, kv_usage_max=0.4, preemptions=2),
             replace(REPLICA, expert_index=1, utilization=0.25, batch_size=2.0, kv_usage_max=0.9, preemptions=1),
         ),
-        router=RouterStats(utilization=0.3, waiting=0.1),
+        router=RouterStats(utilization=0.3, requests=0.1),
     )
 
 

@@ -19,7 +19,7 @@ PEAK_RPS = 4.0
 
 def rate_rps(time_s: float) -> float:
     """Requests per second at a time of the squeezed day: low at its ends, high in the middle, two bursts."""
-    daily = 0.2 + 0.8 * math.sin(math.pi * time_s / DAY_S) ** 2
+    daily = 0.2 + 1.0 * math.sin(math.pi * time_s / DAY_S) ** 2
     burst = 2.5 if 200 <= time_s < 215 or 430 <= time_s < 440 else 0.0
     return daily + burst
 

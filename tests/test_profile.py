@@ -1,0 +1,146 @@
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sim.profile import Profile, ProfileCurve, ProfileError, load_profile
+from sim.service_curve import IterationWork
+
+
+def parameter(value: float) -> dict[str, float]:
+    return {"value": value, "low": 0.9 * value, "high": 1.1 * value}
+
+
+def document(**changes: Any) -> dict[str, Any]:
+    return {
+        "format_version": 1,
+        "name": "llama-3-8b on H100",
+        "expert": {
+            "model": "llama-3-8b",
+            "quantization": "bf16",
+            "gpu": "H100-SXM",
+            "tensor_parallel_size": 1,
+            "engine": {"max_num_seqs": 256},
+            "engine_version": "vLLM 0.26.0",
+        },
+        "parameters": {
+            "per_iteration": parameter(1e-3),
+            "weights": parameter(5e-3),
+            "per_token": parameter(2e-5),
+            "per_attention_pair": parameter(1e-9),
+            "per_prefill_chunk": parameter(1e-4),
+            "per_decode": parameter(1e-5),
+            "per_kv_token": parameter(4e-8),
+        },
+        "residuals": {
+            "iterations": 5000,
+            "mean_error": 0.001,
+            "median_absolute_error": 0.02,
+            "p90_absolute_error": 0.06,
+        },
+        "range": {"max_decodes": 256, "max_decode_kv_tokens": 400_000, "max_prefill_tokens": 8192},
+        "cuda_graph_sizes": [1, 2, 4, 8, 16, 512],
+        "provenance": "made up for this test",
+        "licence": "none",
+        **changes,
+    }
+
+
+def write(folder: Path, content: object) -> Path:
+    path = folder / "profile.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+def test_profile_survives_a_round_trip(tmp_path: Path) -> None:
+    profile = Profile.model_validate(document())
+    assert load_profile(write(tmp_path, profile.model_dump_json())) == profile
+
+
+def test_iteration_is_the_sum_of_its_terms() -> None:
+    curve = ProfileCurve(Profile.model_validate(document(cuda_graph_sizes=[])))
+    work = IterationWork(1000, 2, 400_000.0, 1200, 50, 20_000)
+    expected_s = 1e-3 + 1050 * 2e-5 + 400_000 * 1e-9 + 2 * 1e-4 + 50 * 1e-5 + 21_200 * 4e-8
+    assert curve.iteration_s(work) == pytest.approx(expected_s)
+
+
+def test_small_batch_takes_the_time_to_read_the_weights() -> None:
+    curve = ProfileCurve(Profile.model_validate(document()))
+    assert curve.decode_piece(1, 0).fixed_s == pytest.approx(1e-3 + 5e-3 + 1e-5)
+
+
+def test_batch_is_padded_to_the_next_captured_size_and_not_above_the_largest() -> None:
+    curve = ProfileCurve(Profile.model_validate(document()))
+    assert curve.decode_piece(17, 0).fixed_s == pytest.approx(1e-3 + 512 * 2e-5 + 17 * 1e-5)
+    assert curve.decode_piece(513, 0).fixed_s == pytest.approx(1e-3 + 513 * 2e-5 + 513 * 1e-5)
+
+
+@given(st.integers(1, 2000), st.integers(1, 5_000_000))
+def test_decode_piece_gives_the_iteration_time(decodes: int, kv_tokens: int) -> None:
+    curve = ProfileCurve(Profile.model_validate(document()))
+    piece = curve.decode_piece(decodes, kv_tokens)
+    in_closed_form = piece.fixed_s + piece.per_kv_token_s * kv_tokens
+    measured = curve.iteration_s(IterationWork(0, 0, 0.0, 0, decodes, kv_tokens))
+    assert piece.until_kv_tokens == math.inf
+    assert math.isclose(in_closed_form, measured, rel_tol=1e-12)
+
+
+works = st.builds(
+    IterationWork,
+    st.integers(0, 8192),
+    st.integers(0, 64),
+    st.floats(0, 1e8),
+    st.integers(0, 1_000_000),
+    st.integers(1, 1024),
+    st.integers(1, 5_000_000),
+)
+
+
+@given(works, st.sampled_from(IterationWork._fields), st.integers(1, 2000))
+def test_more_of_any_work_never_takes_less_time(work: IterationWork, field: str, more: int) -> None:
+    curve = ProfileCurve(Profile.model_validate(document()))
+    larger = work._replace(**{field: getattr(work, field) + more})
+    assert curve.iteration_s(larger) >= curve.iteration_s(work)
+
+
+def test_source_carries_name_worth_and_range() -> None:
+    source = ProfileCurve(Profile.model_validate(document())).source
+    assert source.label == "llama-3-8b on H100"
+    assert (source.max_decodes, source.max_decode_kv_tokens, source.max_prefill_tokens) == (256, 400_000, 8192)
+    assert "5000 iterations of vLLM 0.26.0 on H100-SXM, median error 2.0%" in source.detail
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", r"profile .*profile\.json: file: Invalid JSON"),
+        (document(format_version=2), r"profile\.json: format_version: Input should be 1, got 2"),
+        (document(extra=1), r"profile\.json: extra: Extra inputs are not permitted, got 1"),
+        ({k: v for k, v in document().items() if k != "range"}, r"profile\.json: range: Field required$"),
+        (document(cuda_graph_sizes=[4, 2]), r"cuda_graph_sizes must ascend without repeats, got \[4, 2\]"),
+    ],
+)
+def test_mistake_is_told_with_file_and_field(tmp_path: Path, content: object, message: str) -> None:
+    with pytest.raises(ProfileError, match=message):
+        load_profile(write(tmp_path, content))
+
+
+def test_negative_term_and_disordered_interval_are_two_lines(tmp_path: Path) -> None:
+    content = document()
+    content["parameters"]["per_token"] = {"value": -1.0, "low": 0.0, "high": 0.0}
+    content["parameters"]["weights"] = {"value": 3.0, "low": 0.0, "high": 2.0}
+    with pytest.raises(ProfileError) as caught:
+        load_profile(write(tmp_path, content))
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 2
+    assert "parameters.weights: Value error, low <= value <= high must hold, got 0, 3, 2" in lines[0]
+    assert "parameters.per_token.value: Input should be greater than or equal to 0, got -1.0" in lines[1]
+
+
+def test_missing_file_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ProfileError, match=r"nowhere\.json: cannot be read: No such file or directory"):
+        load_profile(tmp_path / "nowhere.json")
