@@ -21,6 +21,8 @@ Floats: TypeAlias = NDArray[np.float64]
 _MIN_GEMM_WEIGHTS, _MAX_GEMM_WEIGHTS = 4e6, 3e8  # the block matrices of 1B to 70B models at TP 1 to 8
 _L2_BYTES = (1e6, 128e6)  # repeated benchmarks may find KV of this size in the L2 cache, a real step does not
 _MAX_MESSAGE_BYTES = 2**27  # 8,192 tokens of a 70B model
+_MAX_OWN_KERNEL_BYTES = 2**23  # vLLM hands larger messages to NCCL
+_NCCL_GPU, _NCCL_SOURCE = "H100-SXM-80GB", "microsoft/vidur"
 _VLLM_KERNELS = "ai-dynamo/aiconfigurator"
 
 
@@ -100,22 +102,37 @@ def attention_factors(ops: pd.DataFrame) -> list[Factor]:
 
 
 def all_reduce_factors(ops: pd.DataFrame) -> list[Factor]:
-    """All-reduce inside CUDA graphs, per architecture and size: fixed time and share of the link's bandwidth."""
+    """All-reduce, per architecture and size: vLLM's kernel inside CUDA graphs, and NCCL for large messages."""
     rows = ops[(ops["op"] == "all_reduce") & (ops["kernel"] == "vLLM_custom_graph")]
-    rows = rows[rows["bytes"] <= _MAX_MESSAGE_BYTES]
+    nccl = ops[(ops["op"] == "all_reduce") & (ops["gpu"] == _NCCL_GPU) & ops["source"].eq(_NCCL_SOURCE)]
+    nccl = nccl[nccl["bytes"] >= _MAX_OWN_KERNEL_BYTES]
     factors: list[Factor] = []
     for (architecture, tp), group in rows.groupby([_architectures(rows), "tp"]):
         size = int(str(tp).removesuffix(".0"))
-        links = _per_gpu(group, lambda gpu: gpu.link_bandwidth_bytes_per_s)
-        moved_s = 2 * (size - 1) / size * group["bytes"].to_numpy(float) / links
-
-        def all_reduce_s(p: Floats, moved_s: Floats = moved_s) -> Floats:
-            return np.asarray(p[0] + moved_s / p[1])
-
-        fitted, spread = _fit(all_reduce_s, _seconds(group), [5e-6, 0.4], [0, 1e-3], [1e-3, 1])
-        how = f"fit of {_gpus(group)}: {len(group)} all-reduces of 128 bytes to 128 MiB, vLLM's custom kernel; {spread}"
-        factors += _named(f"{architecture}.all_reduce_tp{size}", ("fixed_s", "link_efficiency"), fitted, how)
+        name = f"{architecture}.all_reduce_tp{size}"
+        has_nccl = architecture == "hopper"
+        limit = _MAX_OWN_KERNEL_BYTES if has_nccl else _MAX_MESSAGE_BYTES
+        own, how = _all_reduce_fit(group[group["bytes"] <= limit], size)
+        factors += _named(name, ("fixed_s", "link_efficiency"), own, f"{how}, vLLM's kernel in a graph")
+        if has_nccl:
+            large, how = _all_reduce_fit(nccl[nccl["tp"] == tp], size)
+            how += f", NCCL (Vidur) from {_MAX_OWN_KERNEL_BYTES / 2**20:.0f} MiB on, where vLLM's kernel ends"
+        else:
+            large, how = own, "no measured NCCL over such links: vLLM's kernel is taken at every size"
+        factors += _named(name, ("nccl_fixed_s", "nccl_link_efficiency"), large, how)
     return factors
+
+
+def _all_reduce_fit(rows: pd.DataFrame, size: int) -> tuple[Floats, str]:
+    """Return fixed seconds and link efficiency; a ring moves ``2 (n - 1) / n`` of the message over each link."""
+    links = _per_gpu(rows, lambda gpu: gpu.link_bandwidth_bytes_per_s)
+    moved_s = 2 * (size - 1) / size * rows["bytes"].to_numpy(float) / links
+
+    def all_reduce_s(p: Floats) -> Floats:
+        return np.asarray(p[0] + moved_s / p[1])
+
+    fitted, spread = _fit(all_reduce_s, _seconds(rows), [5e-6, 0.4], [0, 1e-3], [1e-3, 1])
+    return fitted, f"fit of {_gpus(rows)}: {len(rows)} all-reduces; {spread}"
 
 
 def elementwise_factors(ops: pd.DataFrame) -> list[Factor]:
@@ -136,18 +153,17 @@ def elementwise_factors(ops: pd.DataFrame) -> list[Factor]:
         shapes = np.asarray([widths[model] for model in group["model"]])
         hidden, intermediate, rotated = shapes.T
         op = group["op"]
-        values = (
-            np.select(  # numbers read and written per token; residual-and-norm fused in vLLM's kernel, not in Vidur's
-                [
-                    op == "layernorm",
-                    op.isin(["input_layernorm", "post_attention_layernorm"]),
-                    op == "add",
-                    op.isin(["rotary_emb", "attn_rope"]),
-                    op.isin(["act_fn", "mlp_act"]),
-                ],
-                [4 * hidden, 2 * hidden, 3 * hidden, 2 * rotated, 3 * intermediate],
-                default=0,
-            )
+        # numbers read and written per token; vLLM's norm adds the residual as well, Vidur's does not
+        values = np.select(
+            [
+                op == "layernorm",
+                op.isin(["input_layernorm", "post_attention_layernorm"]),
+                op == "add",
+                op.isin(["rotary_emb", "attn_rope"]),
+                op.isin(["act_fn", "mlp_act"]),
+            ],
+            [4 * hidden, 2 * hidden, 3 * hidden, 2 * rotated, 3 * intermediate],
+            default=0,
         )
         peak_s = group["m_tokens"].to_numpy(float) * values * 2 / _bandwidths(group)
         known = values > 0

@@ -63,10 +63,22 @@ class AttentionFactors:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AllReduceFactors:
-    """One all-reduce: ``fixed_s`` and the ring's bytes at a share of the link's one-direction bandwidth."""
+    """One all-reduce, by the faster of vLLM's own kernel and NCCL: a fixed time, and bytes over the link.
+
+    Attributes:
+        link_efficiency: share of the link's one-direction bandwidth that vLLM's kernel reaches.
+        nccl_fixed_s: as ``fixed_s``, of NCCL; likewise ``nccl_link_efficiency``.
+    """
 
     fixed_s: float
     link_efficiency: float
+    nccl_fixed_s: float
+    nccl_link_efficiency: float
+
+    def all_reduce_s(self, link_s: float) -> float:
+        """Return the seconds of one all-reduce whose bytes take ``link_s`` at the link's full bandwidth."""
+        own_s = self.fixed_s + link_s / self.link_efficiency
+        return min(own_s, self.nccl_fixed_s + link_s / self.nccl_link_efficiency)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

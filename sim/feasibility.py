@@ -95,7 +95,7 @@ def _smallest(lengths: Distribution) -> float:
 def _check_run(file: FleetFile, mistakes: Mistakes) -> None:
     run = file.run
     if run.requests_per_user is not None and not isinstance(file.workload.load, ClosedLoop):
-        problem = f"has no meaning for a {file.workload.load.kind} load, which has no users"
+        problem = f"has no meaning: a load of kind {file.workload.load.kind} has no users"
         mistakes.add(("run", "requests_per_user"), problem, ", give requests or duration_s")
     if run.duration_s is not None and run.warm_up_s is not None and run.warm_up_s >= run.duration_s:
         problem = f"{run.warm_up_s:g} s of warm-up leave nothing of a run of {run.duration_s:g} s"

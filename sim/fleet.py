@@ -26,11 +26,17 @@ class EngineSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrontEnd:
-    """CPU seconds of a replica's front-end process per unit of work."""
+    """What a request and its tokens cost in a replica's front end.
+
+    Attributes:
+        delay_s: what a request waits between front end and engine while nobody works on it (sockets, hand-over).
+        per_request_s: CPU seconds of the front-end process a request; likewise per prompt and per output token.
+    """
 
     per_request_s: float
     per_prompt_token_s: float
     per_output_token_s: float
+    delay_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,21 +14,23 @@ from sim.spec import EngineSpec
 
 GIB = 2**30
 
+# The measured engines below are those whose blocks tests/test_memory.py holds the result to: CONTEXT_BYTES and
+# COMMUNICATION_BYTES were set on some of them, so the agreement there is in part a fit.
+
 LOGIT_SAMPLING_BYTES = 28
-"""Per row and vocabulary entry at the peak of sampling: bf16 and FP32 logits, sorted copy, 64-bit indices, softmax,
-cumulative sum and mask of the top-p filter (2 + 4 + 4 + 8 + 4 + 4 bytes and up; 28 is 4 short of no measured run whose
-blocks are scarce enough to tell)."""
+"""Per row and vocabulary entry at the peak of sampling, counted from the tensors alive in a top-p filter: bf16 and FP32
+logits, sorted copy, 64-bit indices, softmax, cumulative sum, masks (2 + 4 + 4 + 8 + 4 + 4 + 2). Not measured apart."""
 
 CONTEXT_BYTES = round(0.24 * GIB)
-"""Library workspaces that appear in the profiling run and are not tensors. Read off the two single-GPU runs with small
-activations in the measured set: Llama 2 7B and CodeLlama 34B with 64 tokens per iteration leave 0.22 to 0.26 GiB."""
+"""Library workspaces that appear in the profiling run and are not tensors: what two single-GPU engines with small
+activations (Llama 2 7B; CodeLlama 34B with 64 tokens per iteration) leave unexplained, 0.2 to 0.3 GiB."""
 
 COMMUNICATION_BYTES = round(0.45 * GIB)
-"""NCCL channels and custom all-reduce buffers, per GPU, when tensor parallel. Read off three measured runs (CodeLlama
-34B TP 2, Llama 2 70B TP 4, Mixtral TP 2), which leave 0.44 to 0.48 GiB beside everything else counted here."""
+"""NCCL channels and custom all-reduce buffers, per GPU, when tensor parallel: what three engines (CodeLlama 34B TP 2,
+Llama 2 70B TP 4, Mixtral TP 2) leave unexplained beside that, 0.44 to 0.48 GiB."""
 
 CUDA_GRAPH_BYTES = 12 * 2**20
-"""Per captured batch size: the order that engine logs show (some 0.6 GiB for 51 sizes); an estimate, not measured."""
+"""Per captured batch size; assumed, not measured: some 0.6 GiB for the 51 sizes up to 512."""
 
 _VOCAB_PADDING = 64  # vLLM pads the vocabulary to a multiple of 64 (vocab_parallel_embedding.py)
 

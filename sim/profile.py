@@ -69,8 +69,9 @@ class FittedRange(Spec):
 
 
 class FrontEndCosts(Spec):
-    """CPU seconds of the API server process per unit of work."""
+    """What a request and its tokens cost in the front end; see ``sim.fleet.FrontEnd``."""
 
+    delay_s: Seconds = 0.0
     per_request_s: Seconds
     per_prompt_token_s: Seconds
     per_output_token_s: Seconds

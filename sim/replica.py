@@ -199,7 +199,7 @@ class Replica:
             self._hand_tokens_to_front_end(self._iterations_done(now_s))
         work_s = spec.per_request_s + request.prompt_tokens * spec.per_prompt_token_s
         request.front_end_start_s = self.front_end.take_request(now_s, work_s)
-        arrival_s = request.front_end_start_s + work_s
+        arrival_s = request.front_end_start_s + work_s + spec.delay_s
         request.engine_arrival_s = request.queued_since_s = arrival_s
         self._due.append(request)
         if self._batch is None:

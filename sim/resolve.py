@@ -84,6 +84,7 @@ def resolve_expert(name: str, spec: ExpertSpec) -> Expert:
             max_num_seqs=engine.max_num_seqs,
             max_num_batched_tokens=engine.max_num_batched_tokens,
             enforce_eager=spec.engine.enforce_eager,
+            async_scheduling=spec.engine.async_scheduling,
         )
     return Expert(
         name=name,
@@ -176,8 +177,5 @@ def engine_settings(spec: ExpertSpec) -> EngineSettings:
 def _front_end(spec: FrontEndSpec, profile: Profile | None) -> FrontEnd:
     """The front end's work: each figure from the file, else measured with the profile, else the roofline's."""
     default = profile.front_end if profile is not None and profile.front_end is not None else default_front_end()
-    return FrontEnd(
-        per_request_s=default.per_request_s if spec.per_request_s is None else spec.per_request_s,
-        per_prompt_token_s=default.per_prompt_token_s if spec.per_prompt_token_s is None else spec.per_prompt_token_s,
-        per_output_token_s=default.per_output_token_s if spec.per_output_token_s is None else spec.per_output_token_s,
-    )
+    given = spec.model_dump(exclude_none=True)
+    return FrontEnd(**{name: given.get(name, getattr(default, name)) for name in FrontEndSpec.model_fields})

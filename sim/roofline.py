@@ -182,8 +182,7 @@ class Roofline:
         """Seconds of one all-reduce; a ring moves ``2 (n - 1) / n`` of the message over each link."""
         size = self._tensor_parallel_size
         moved_bytes = 2 * (size - 1) / size * message_bytes
-        link_bytes_per_s = self._gpu.link_bandwidth_bytes_per_s * self._all_reduce.link_efficiency
-        return self._all_reduce.fixed_s + moved_bytes / link_bytes_per_s
+        return self._all_reduce.all_reduce_s(moved_bytes / self._gpu.link_bandwidth_bytes_per_s)
 
     def _detail(self) -> str:
         architecture = Factors.architecture(self._gpu).capitalize()

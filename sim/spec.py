@@ -119,8 +119,9 @@ class EngineSpec(Spec):
 
 
 class FrontEndSpec(Spec):
-    """The API server process of one replica: CPU seconds of its two kinds of work. Left out: the curve's own."""
+    """The API server process of one replica: a delay, and CPU seconds of its kinds of work. Left out: the curve's own."""
 
+    delay_s: Seconds | None = Field(None, description="waited by each request without occupying the process")
     per_request_s: Seconds | None = None
     per_prompt_token_s: Seconds | None = None
     per_output_token_s: Seconds | None = None

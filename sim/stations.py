@@ -5,6 +5,7 @@ are treated as a fluid, because at 1,000 users there are a hundred of them per r
 """
 
 from collections.abc import Callable
+from heapq import heapreplace
 
 from sim.spec import RouterSpec
 
@@ -55,66 +56,90 @@ class FrontEndStation:
 class RouterStation:
     """The gateway: ``workers`` servers with one queue for requests, and the token stream of the whole fleet.
 
-    Without token work it is exactly a G/G/c queue, by the workload vector of Kiefer and Wolfowitz (1955): a request
-    goes to the worker with the least unfinished work. Streamed tokens arrive as a fluid, evenly over the workers; each
+    Without token work it is exactly a G/G/c queue: a request goes to the worker with the least unfinished work, as in
+    the workload vector of Kiefer and Wolfowitz (1955). Streamed tokens arrive as a fluid, evenly over the workers; each
     worker's unfinished work shrinks at 1 minus their rate, and grows when they alone are more than it can do.
 
-    Attributes:
-        busy_s: work of requests accepted so far, in worker seconds.
-        token_busy_s: work of tokens up to the last change of their rate, in worker seconds.
+    All workers' work shrinks alike, so one clock that runs at that pace stands for it: a worker is through when the
+    clock passes its mark.
     """
 
-    __slots__ = ("_as_of_s", "_service_s", "_spec", "_token_load", "_unfinished_s", "busy_s", "token_busy_s")
+    __slots__ = (
+        "_as_of_s",
+        "_clock_s",
+        "_marks_s",
+        "_per_prompt_token_s",
+        "_per_request_s",
+        "_per_token_s",
+        "_request_busy_s",
+        "_service_factor",
+        "_token_busy_s",
+        "_token_load",
+        "_workers",
+    )
 
     def __init__(self, spec: RouterSpec, service_factor: Callable[[], float]):
         """Build an idle router; ``service_factor`` returns one random factor of mean 1 per request."""
-        self._spec = spec
-        self._service_s = service_factor
-        self._unfinished_s = [0.0] * spec.workers
-        self._token_load = 0.0  # share of each worker
+        self._per_request_s = spec.per_request_s
+        self._per_prompt_token_s = spec.per_prompt_token_s
+        self._per_token_s = spec.per_output_token_s
+        self._workers = spec.workers
+        self._service_factor = service_factor
+        self._marks_s = [0.0] * spec.workers  # a heap
+        self._clock_s = 0.0
         self._as_of_s = 0.0
-        self.busy_s = 0.0
-        self.token_busy_s = 0.0
+        self._token_load = 0.0  # share of each worker's time
+        self._request_busy_s = 0.0
+        self._token_busy_s = 0.0
 
     @property
     def streams_cost(self) -> bool:
         """Whether streamed tokens take any of its time."""
-        return self._spec.per_output_token_s > 0
+        return self._per_token_s > 0
 
-    def _settle(self, now_s: float) -> list[float]:
+    def _settle(self, now_s: float) -> float:
+        """Let the clock run until now and return it."""
         elapsed_s = now_s - self._as_of_s
-        unfinished_s = self._unfinished_s
         if elapsed_s > 0:
-            done_s = elapsed_s * (1 - self._token_load)
-            for i, work_s in enumerate(unfinished_s):
-                unfinished_s[i] = work_s - done_s if work_s > done_s else 0.0
-            self.token_busy_s += elapsed_s * self._token_load * len(unfinished_s)
+            load = self._token_load
+            if load > 1:  # the clock runs back: work piles up, at idle workers as well
+                clock_s = self._clock_s
+                self._marks_s = [max(mark_s, clock_s) for mark_s in self._marks_s]
+            self._clock_s += elapsed_s * (1 - load)
+            self._token_busy_s += elapsed_s * min(load, 1.0)
             self._as_of_s = now_s
-        return unfinished_s
+        return self._clock_s
 
     def busy_until(self, now_s: float) -> float:
-        """Return the worker seconds of work accepted so far, requests and tokens together."""
+        """Return the worker seconds of work, requests and tokens together, taken on so far."""
         self._settle(now_s)
-        return self.busy_s + self.token_busy_s
+        return self._request_busy_s + self._token_busy_s * self._workers
 
     def take_request(self, now_s: float, prompt_tokens: int) -> tuple[float, float]:
         """Queue one request; return when a worker takes it up and when it is classified and sent on."""
-        spec = self._spec
-        service_s = (spec.per_request_s + prompt_tokens * spec.per_prompt_token_s) * self._service_s()
-        unfinished_s = self._settle(now_s)
-        wait_s = min(unfinished_s)
-        unfinished_s[unfinished_s.index(wait_s)] = wait_s + service_s
-        self.busy_s += service_s
-        return now_s + wait_s, now_s + wait_s + service_s
+        service_s = (self._per_request_s + prompt_tokens * self._per_prompt_token_s) * self._service_factor()
+        clock_s = self._settle(now_s)
+        mark_s = self._marks_s[0]
+        start_s = now_s
+        if mark_s > clock_s:
+            start_s += mark_s - clock_s
+        else:
+            mark_s = clock_s
+        heapreplace(self._marks_s, mark_s + service_s)
+        self._request_busy_s += service_s
+        return start_s, start_s + service_s
 
     def change_token_rate(self, now_s: float, change_tokens_per_s: float) -> None:
         """Let the fleet stream this many tokens per second more (or fewer) from now on."""
         self._settle(now_s)
-        self._token_load += change_tokens_per_s * self._spec.per_output_token_s / self._spec.workers
+        self._token_load += change_tokens_per_s * self._per_token_s / self._workers
 
     def token_delay_s(self, now_s: float, burst_tokens: int) -> float:
         """Mean delay of the tokens of one engine iteration, which arrive together."""
-        unfinished_s = self._settle(now_s)
-        workers = len(unfinished_s)
-        burst_s = self._spec.per_output_token_s * (1 + (burst_tokens - 1) / (2 * workers))
-        return sum(unfinished_s) / workers + burst_s
+        clock_s = self._settle(now_s)
+        workers = self._workers
+        delay_s = self._per_token_s * (1 + (burst_tokens - 1) / (2 * workers))
+        for mark_s in self._marks_s:
+            if mark_s > clock_s:
+                delay_s += (mark_s - clock_s) / workers
+        return delay_s

@@ -1,6 +1,5 @@
 """A fleet that cannot work is refused before it runs: every reason at once, one line each, with the numbers."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ from sim.feasibility import check_feasible
 from sim.fleet_file import FleetFileError, load_fleet, parse_fleet
 from sim.spec import ClassSpec, ClosedLoop, ExpertSpec, Fixed, FleetFile, FleetSpec, WorkloadSpec
 from sim.traffic import WorkloadData
+from tests.profiles import profile_json
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = [*sorted((ROOT / "examples").glob("*.yaml")), ROOT / "sim" / "data" / "quickstart.yaml"]
@@ -67,12 +67,12 @@ def test_weights_larger_than_the_gpu_are_refused_with_the_size_that_fits() -> No
 
 
 def test_a_kv_cache_smaller_than_one_request_is_refused_with_what_would_fit() -> None:
-    [line] = mistakes_after(
-        "gpu: H100-SXM", "gpu: L4\n        engine: {max_model_len: 8192, gpu_memory_utilization: 0.82}"
-    )
+    text = GOOD.replace("llama-3-8b", "llama-3.1-8b\n        engine: {max_model_len: 131072}")
+
+    [line] = mistakes(text.replace("H100-SXM", "L4"))
 
     assert line.startswith("fleets.main.experts.chat.engine.max_model_len: the KV cache holds ")
-    assert "fewer than one request of max_model_len 8192 (line 13), lower max_model_len to " in line
+    assert "fewer than one request of max_model_len 131072 (line 12), lower max_model_len to " in line
     assert line.endswith(" or less, smallest tensor_parallel_size that fits: 2")
 
 
@@ -82,19 +82,20 @@ def test_a_kv_cache_smaller_than_one_request_is_refused_with_what_would_fit() ->
         (
             "llama-3-8b",
             "llama-3-8b\n        engine: {num_gpu_blocks_override: 100}",
-            "fleets.main.experts.chat.engine.num_gpu_blocks_override: 100 blocks of 16 tokens, one of them unusable, hold "
-            "1584 tokens, fewer than one request of max_model_len 8192 (line 12)",
+            "fleets.main.experts.chat.engine.num_gpu_blocks_override: 100 blocks of 16 tokens, one of them unusable, "
+            "hold 1584 tokens, fewer than one request of max_model_len 8192 (line 12)",
         ),
         (
             "llama-3-8b",
             "llama-3-8b\n        tensor_parallel_size: 3",
-            "fleets.main.experts.chat.tensor_parallel_size: 3 does not divide the 32 heads and 8 KV heads of llama-3-8b "
-            "(line 12), allowed: 1, 2, 4, 8, 16, 32",
+            "fleets.main.experts.chat.tensor_parallel_size: 3 does not divide the 32 heads and 8 KV heads of "
+            "llama-3-8b (line 12), allowed: 1, 2, 4, 8, 16, 32",
         ),
         (
             "llama-3-8b",
             "llama-3-8b\n        engine: {max_model_len: 16384}",
-            "fleets.main.experts.chat.engine.max_model_len: is 16384 tokens, but llama-3-8b takes at most 8192 (line 12)",
+            "fleets.main.experts.chat.engine.max_model_len: is 16384 tokens, but llama-3-8b takes at most 8192 "
+            "(line 12)",
         ),
         (
             "llama-3-8b",
@@ -104,7 +105,7 @@ def test_a_kv_cache_smaller_than_one_request_is_refused_with_what_would_fit() ->
         ),
         (
             "gpu: H100-SXM",
-            "{gpu: B200, quantization: int8}".strip("{}").replace(", ", "\n        "),
+            "gpu: B200\n        quantization: int8",
             "fleets.main.experts.chat.quantization: int8 does not run on B200 (compute capability 10.0) (line 13), "
             "it needs 7.5 to 9.9",
         ),
@@ -118,15 +119,39 @@ def test_a_kv_cache_smaller_than_one_request_is_refused_with_what_would_fit() ->
             "lama-3-8b",
             "fleets.main.experts.chat.model: unknown model 'lama-3-8b', did you mean 'llama-3-8b'? (line 11)",
         ),
-        (
-            "llama-3-8b",
-            "llama-3-8b\n        profile: measured",
-            "fleets.main.experts.chat.profile: unknown profile 'measured', known: none (line 12)",
-        ),
     ],
 )
 def test_an_expert_that_cannot_run_is_refused(before: str, after: str, line: str) -> None:
     assert mistakes_after(before, after) == [line], "told once, although both experts share the anchor"
+
+
+def test_an_unknown_profile_is_refused() -> None:
+    [line] = mistakes_after("llama-3-8b", "llama-3-8b\n        profile: measured")
+
+    assert line.startswith("fleets.main.experts.chat.profile: unknown profile 'measured'")
+
+
+def test_a_profile_of_another_model_or_gpu_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text(profile_json(model="llama-3-70b", gpu="A100", tensor_parallel_size=4))
+    text = GOOD.replace("gpu: H100-SXM", f"gpu: H100-SXM\n        profile: '{tmp_path}/other.json'")
+
+    assert mistakes(text) == [
+        "fleets.main.experts.chat.profile: profile 'other' was measured with model llama-3-70b, the expert has "
+        "llama-3-8b (line 13)",
+        "fleets.main.experts.chat.profile: profile 'other' was measured with gpu A100-80GB, the expert has H100-SXM "
+        "(line 13)",
+        "fleets.main.experts.chat.profile: profile 'other' was measured with tensor_parallel_size 4, the expert has 1 "
+        "(line 13)",
+    ]
+
+
+def test_a_broken_profile_is_refused_by_its_field(tmp_path: Path) -> None:
+    (tmp_path / "broken.json").write_text("{")
+    text = GOOD.replace("gpu: H100-SXM", f"gpu: H100-SXM\n        profile: '{tmp_path}/broken.json'")
+
+    [line] = mistakes(text)
+
+    assert line.startswith(f"fleets.main.experts.chat.profile: profile {tmp_path}/broken.json: ")
 
 
 # ------------------------------------------------------------------------------------------ do the requests fit
@@ -153,18 +178,19 @@ def test_a_class_counts_wherever_a_mistake_of_the_router_can_send_it() -> None:
     [
         (
             "{distribution: lognormal, mean: 512, cv: 1}",
-            "workload.classes.chat.prompt_tokens: lognormal lengths without max can exceed every max_model_len (line 3), "
-            "add max",
+            "workload.classes.chat.prompt_tokens: lognormal lengths without max can exceed every max_model_len "
+            "(line 3), add max",
         ),
         (
             "{distribution: exponential, mean: 512}",
-            "workload.classes.chat.prompt_tokens: exponential lengths without max can exceed every max_model_len (line 3), "
-            "use lognormal with cv 1 and max",
+            "workload.classes.chat.prompt_tokens: exponential lengths without max can exceed every max_model_len "
+            "(line 3), use lognormal with cv 1 and max",
         ),
         ("0", "workload.classes.chat.prompt_tokens: a request has at least 1 token, got 0 (line 3)"),
         (
             "100, shared_prefix_tokens: 200",
-            "workload.classes.chat.shared_prefix_tokens: 200 exceeds the longest prompt of the class, 100 tokens (line 3)",
+            "workload.classes.chat.shared_prefix_tokens: 200 exceeds the longest prompt of the class, 100 tokens "
+            "(line 3)",
         ),
     ],
 )
@@ -208,8 +234,8 @@ def test_empirical_lengths_count_by_their_largest_value(tmp_path: Path) -> None:
             "      code: *expert",
             "      coder: *expert",
             [
-                "fleets.main.experts: no expert serves class 'code': without class_map an expert serves the class of its "
-                "own name (line 9), known: chat, coder"
+                "fleets.main.experts: no expert serves class 'code': without class_map an expert serves the class of "
+                "its own name (line 9), known: chat, coder"
             ],
         ),
         (
@@ -245,7 +271,8 @@ def test_empirical_lengths_count_by_their_largest_value(tmp_path: Path) -> None:
             [
                 "fleets.main.router.confusion.chat.cod: unknown class 'cod' (line 8), did you mean 'code'?",
                 "fleets.main.router.confusion.coding: unknown class 'coding' (line 8), did you mean 'code'?",
-                "fleets.main.router.confusion.code: has no weight above 0: prompts of this class would go nowhere (line 8)",
+                "fleets.main.router.confusion.code: has no weight above 0: prompts of this class would go nowhere "
+                "(line 8)",
             ],
         ),
         (
@@ -299,7 +326,7 @@ def test_requests_per_user_need_users() -> None:
     text = GOOD.replace("{kind: closed_loop, users: [1, 10]}", "{kind: open_loop, rate_rps: 5}")
 
     assert mistakes(text.replace("seed: 1", "requests_per_user: 5")) == [
-        "run.requests_per_user: has no meaning for a open_loop load, which has no users (line 14), "
+        "run.requests_per_user: has no meaning: a load of kind open_loop has no users (line 14), "
         "give requests or duration_s"
     ]
 

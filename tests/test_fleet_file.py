@@ -34,6 +34,7 @@ fleets:
 run: {seed: 3}
 """
 
+
 def mistakes(text: str, *overrides: str) -> list[str]:
     with pytest.raises(FleetFileError) as caught:
         parse_fleet(text, overrides)

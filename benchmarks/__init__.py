@@ -1,0 +1,1 @@
+"""Speed and memory, printed beside their targets. Machines are noisy: nothing here fails."""

@@ -1,0 +1,34 @@
+"""A made-up profile for tests that need one for a certain expert."""
+
+from sim.profile import CurveParameters, ExpertIdentity, FittedRange, FrontEndCosts, Parameter, Profile, Residuals
+from sim.spec import EngineSpec
+
+
+def profile_json(*, model: str, gpu: str, tensor_parallel_size: int = 1, front_end: FrontEndCosts | None = None) -> str:
+    """Return the text of a profile called ``other`` whose iterations take 10 ms, whatever the work."""
+    none = Parameter(value=0, low=0, high=0)
+    return Profile(
+        name="other",
+        expert=ExpertIdentity(
+            model=model,
+            quantization="bf16",
+            gpu=gpu,
+            tensor_parallel_size=tensor_parallel_size,
+            engine=EngineSpec(),
+            engine_version="made up",
+        ),
+        parameters=CurveParameters(
+            per_iteration=Parameter(value=0.01, low=0.01, high=0.01),
+            weights=none,
+            per_token=none,
+            per_attention_pair=none,
+            per_prefill_chunk=none,
+            per_decode=none,
+            per_kv_token=none,
+        ),
+        residuals=Residuals(iterations=1, mean_error=0, median_absolute_error=0, p90_absolute_error=0),
+        range=FittedRange(max_decodes=1, max_decode_kv_tokens=1, max_prefill_tokens=1),
+        front_end=front_end,
+        provenance="made up for tests",
+        licence="none",
+    ).model_dump_json()
