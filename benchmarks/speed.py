@@ -44,7 +44,9 @@ def cost_of(*arguments: str) -> Cost:
         )
         _, status, usage = os.wait4(process, 0)
     if status:
-        raise RuntimeError(f"expert-router {' '.join(arguments)} failed with status {os.waitstatus_to_exitcode(status)}")
+        raise RuntimeError(
+            f"expert-router {' '.join(arguments)} failed with status {os.waitstatus_to_exitcode(status)}"
+        )
     return Cost(usage.ru_utime + usage.ru_stime, time.perf_counter() - started, usage.ru_maxrss / 1024)
 
 
@@ -56,7 +58,7 @@ def closed_loop_file(folder: Path, *, users: int, requests: int, experts: int, o
     workload["classes"] = {name: workload["classes"]["any"] | {"output_tokens": output_tokens} for name in names}
     workload["load"]["users"] = users
     file["run"]["requests"] = requests
-    fleet["experts"] = {name: fleet["experts"]["any"] for name in names}
+    fleet["experts"] = dict.fromkeys(names, fleet["experts"]["any"])
     if experts > 1:
         fleet["router"] = {"workers": max(4, experts)}
     path = folder / f"{users}-{requests}-{experts}-{output_tokens}.yaml"

@@ -172,7 +172,7 @@ def front_end_factors(rows: pd.DataFrame, runs: pd.DataFrame, factors: list[Fact
     how_delay = (
         f"median over {len(light)} light-load stages on {_HOST_GPU} of the median TTFT minus half an iteration, a "
         f"whole one and the request's own (asynchronous scheduling) and minus tokenisation; {left_s.min() * 1e3:.1f} "
-        f"to {left_s.max() * 1e3:.1f} ms; less per_request_s. HTTP, hand-over between processes, and the client's own time"
+        f"to {left_s.max() * 1e3:.1f} ms; less per_request_s. HTTP, hand-over, the client's own time"
     )
     saturated = runs[
         runs["run_id"].str.startswith("mlenergy")

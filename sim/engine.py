@@ -182,7 +182,8 @@ class Engine(Generic[R]):
             preempted = self._grow_by_preempting(iteration)
             return Batch(iteration, [], _NOBODY, preempted, self._decodes, self._decode_kv_tokens)
 
-        kv.take(new_blocks)
+        if new_blocks:
+            kv.take(new_blocks)
         decodes, decode_kv_tokens = self._decodes, self._decode_kv_tokens
         chunks: list[tuple[R, int]] = []
         if chunk and prefilling is not None:
@@ -200,16 +201,20 @@ class Engine(Generic[R]):
 
     def _admit(self, iteration: int, budget: int, chunks: list[tuple[R, int]]) -> list[R]:
         settings, kv, waiting, running = self.settings, self.kv, self.waiting, self.running
-        block_size = settings.block_size
+        block_size, caching = settings.block_size, settings.enable_prefix_caching
         admitted = []
         while waiting and budget > 0 and len(running) < settings.max_num_seqs:
             request = waiting[0]
             tokens = request.prompt_tokens + request.generated_tokens
-            depth, own_hits = self._hits(request, tokens) if settings.enable_prefix_caching else (0, 0)
-            hit_blocks = depth + own_hits
-            chunk = min(tokens - hit_blocks * block_size, budget)
+            depth = own_hits = hit_blocks = pulled = 0
+            if caching and (request.group is not None or request.left_behind is not None):
+                depth, own_hits = self._hits(request, tokens)
+                hit_blocks = depth + own_hits
+                pulled = (kv.free_among(request.group, depth) if request.group is not None else 0) + own_hits
+            chunk = tokens - hit_blocks * block_size
+            if chunk > budget:
+                chunk = budget
             must_fit = tokens if settings.scheduler_reserve_full_isl else hit_blocks * block_size + chunk
-            pulled = (kv.free_among(request.group, depth) if request.group is not None else 0) + own_hits
             if -(-must_fit // block_size) - hit_blocks + pulled > kv.free:
                 break
             waiting.popleft()

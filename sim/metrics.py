@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 
 from sim.fleet import Expert, Fleet
 from sim.records import COMPLETED, FAILED, REQUEST_COLUMNS, STATUSES, ReplicaStats, RunRecord, TokenGaps
-from sim.spec import SloSpec
+from sim.spec import ALL_EXPERTS, SloSpec
 
 Floats = NDArray[np.float64]
 Requests = Mapping[str, NDArray[Any]]
 Row = dict[str, Any]
 
-ALL_EXPERTS = "all"
 
 LOAD_COLUMNS = ("load_kind", "users", "rate_rps")
 COUNTS = ("sent", *STATUSES, "measured", "preemptions")

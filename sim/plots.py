@@ -16,8 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from sim.metrics import ALL_EXPERTS, Floats, Row, completed_in_window, e2el_s, tpot_s, ttft_s
+from sim.metrics import Floats, Row, completed_in_window, e2el_s, tpot_s, ttft_s
 from sim.result import Result, loads_label
+from sim.spec import ALL_EXPERTS
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, without the yellow that vanishes on white.
 # Markers repeat the distinction in print; more than seven fleets repeat colours with other markers.

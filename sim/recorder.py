@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sim.records import COMPLETED, REQUEST_COLUMNS, TokenGaps
-from sim.replica import Replica, Request
+from sim.replica import RUN_COLUMNS, Replica, Request
 
 GAP_RESOLUTION_S = 1e-6
 _COLUMNS = (*REQUEST_COLUMNS, "first_run", "last_run")
@@ -86,7 +86,7 @@ class Recorder:
         for replica in replicas:
             place = replica.expert_index, replica.replica_index
             here = measured & (columns["expert_index"] == place[0]) & (columns["replica_index"] == place[1])
-            edges = np.zeros(len(replica.log.iterations) + 1, np.int64)
+            edges = np.zeros(len(replica.runs()) + 1, np.int64)
             np.add.at(edges, first_run[here] + 1, 1)
             np.add.at(edges, last_run[here] + 1, -1)
             for first, last in spans.get(place, ()):
@@ -105,12 +105,12 @@ class Recorder:
 
 def _expand(replica: Replica, weight: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Return the iterations of a replica's runs that have a weight, one by one."""
-    used = weight > 0
-    iterations = np.frombuffer(replica.log.iterations, np.int64)[used]
+    runs = replica.runs()[weight > 0]
+    iterations = runs[:, RUN_COLUMNS.index("iterations")].astype(np.int64)
+    first_s = np.repeat(runs[:, RUN_COLUMNS.index("first_gap_s")], iterations)
+    step_s = np.repeat(runs[:, RUN_COLUMNS.index("gap_step_s")], iterations)
     within = np.arange(iterations.sum()) - np.repeat(np.cumsum(iterations) - iterations, iterations)
-    first_s = np.frombuffer(replica.log.first_s, np.float64)[used]
-    step_s = np.frombuffer(replica.log.step_s, np.float64)[used]
-    return np.repeat(first_s, iterations) + within * np.repeat(step_s, iterations), np.repeat(weight[used], iterations)
+    return first_s + within * step_s, np.repeat(weight[weight > 0], iterations)
 
 
 def _merge(
@@ -119,5 +119,4 @@ def _merge(
     gap_s = np.concatenate([gaps for gaps, _ in parts])
     weight = np.concatenate([weights for _, weights in parts])
     steps, where = np.unique(np.rint(gap_s / GAP_RESOLUTION_S).astype(np.int64), return_inverse=True)
-    merged_s: NDArray[np.float64] = steps * GAP_RESOLUTION_S
-    return merged_s, np.bincount(where, weight, len(steps)).astype(np.int64)
+    return np.asarray(steps * GAP_RESOLUTION_S, np.float64), np.bincount(where, weight, len(steps)).astype(np.int64)

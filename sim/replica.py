@@ -9,9 +9,11 @@ import sys
 from array import array
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf, isnan, nan, sqrt
 
+import numpy as np
+from numpy.typing import NDArray
 from simpy import Environment
 from simpy.events import Event, Timeout
 
@@ -78,39 +80,22 @@ class Request(EngineRequest):
         self.paused_s = 0.0  # preempted and waiting, in all
 
 
-class RunLog:
-    """The iterations of one replica as users saw them, one entry a run, for the gaps between tokens.
-
-    Iteration ``k`` of a run puts ``first_s + k * step_s`` seconds between a user's tokens.
-    """
-
-    __slots__ = ("first_s", "iterations", "step_s")
-
-    def __init__(self) -> None:
-        self.iterations = array("q")
-        self.first_s = array("d")
-        self.step_s = array("d")
+RUN_COLUMNS = ("start_s", "end_s", "iterations", "first_gap_s", "gap_step_s", "scheduled", "kv_blocks", "preempted")
+"""What is logged of each run of iterations: its time; how many iterations; the seconds between a user's tokens, which
+for iteration ``k`` are ``first_gap_s + k * gap_step_s``; scheduled requests and mean KV blocks in use per iteration;
+requests preempted before it."""
 
 
-@dataclass(slots=True)
-class Totals:
-    """Integrals over time since the run began; the difference of two, over a window, gives averages.
+@dataclass(frozen=True, slots=True)
+class Averages:
+    """Time averages of a replica's engine over a window (see ``sim.records.ReplicaStats``)."""
 
-    Attributes:
-        busy_s: time in which the engine ran an iteration.
-        scheduled_s: scheduled requests times iteration time.
-        kv_block_s: KV blocks in use times iteration time.
-        waiting_s: requests in the engine's waiting queue times time.
-        front_end_busy_s: work given to the front end.
-    """
-
-    busy_s: float = 0.0
-    scheduled_s: float = 0.0
-    kv_block_s: float = 0.0
-    waiting_s: float = 0.0
-    front_end_busy_s: float = 0.0
-    iterations: int = 0
-    preemptions: int = 0
+    utilization: float
+    batch_size: float
+    running: float
+    kv_blocks: float
+    preemptions: int
+    iterations: int
 
 
 class Replica:
@@ -118,7 +103,8 @@ class Replica:
 
     Attributes:
         outstanding: requests routed here and not yet answered, kept by the router.
-        settled_s: until when ``totals`` count: the start of the run in flight, or of the last one.
+        waited_s: time that admitted requests spent in the engine's waiting queue.
+        settled_s: the start of the run in flight, or of the last one.
         most_kv_blocks: in use at the start of any iteration.
         largest_decodes, largest_kv_tokens, largest_prefill_tokens: of any iteration, to flag extrapolation.
     """
@@ -158,8 +144,9 @@ class Replica:
         self.engine: Engine[Request] = Engine(expert.engine)
         self.front_end = FrontEndStation()
         self.outstanding = 0
-        self.log = RunLog()
-        self.totals = Totals()
+        self.waited_s = 0.0
+        self._log = array("d")  # RUN_COLUMNS of each run, row by row
+        self._runs = 0
         self._served_s = 0.0  # time that finished requests spent scheduled
         self.settled_s = 0.0
         self.most_kv_blocks = 0
@@ -168,6 +155,7 @@ class Replica:
         self.largest_prefill_tokens = 0
         self.prefix_groups: dict[int, PrefixGroup] = {}
         self._router = router if router is not None and router.streams_cost else None
+        self._per_output_token_s = expert.front_end.per_output_token_s
         self._network_s = network_s
         self._user_network_s = user_network_s
         self._deliver = deliver
@@ -186,6 +174,7 @@ class Replica:
         self._token_rate = 0.0
         self._emitted = 0  # iterations whose tokens the front end already has
         self._kv_blocks = 0  # in use at its start
+        self._preempted = 0  # before it
         self._front_end_delay_s = 0.0
         self._delay_s = 0.0  # of the tokens delivered last, from the end of their iteration until they leave the router
 
@@ -195,7 +184,7 @@ class Replica:
         """Take a request that reaches the front end now."""
         now_s = self.env.now
         spec = self.expert.front_end
-        if self._batch is not None and spec.per_output_token_s:
+        if self._batch is not None and self._per_output_token_s and self._length > 1:
             self._hand_tokens_to_front_end(self._iterations_done(now_s))
         work_s = spec.per_request_s + request.prompt_tokens * spec.per_prompt_token_s
         request.front_end_start_s = self.front_end.take_request(now_s, work_s)
@@ -249,11 +238,12 @@ class Replica:
         return min(done, self._length - 1)
 
     def _hand_tokens_to_front_end(self, iterations: int) -> None:
+        """Give the front end the tokens of the run up to this iteration that it does not have yet."""
         new = iterations - self._emitted
         if new > 0:
-            work_s = self._tokens * self.expert.front_end.per_output_token_s
-            first_end_s = self._end_of(self._emitted + 1)
             last_end_s = self._end_s if iterations == self._length else self._end_of(iterations)
+            first_end_s = last_end_s if new == 1 else self._end_of(self._emitted + 1)
+            work_s = self._tokens * self._per_output_token_s
             self._front_end_delay_s = self.front_end.take_tokens(new, work_s, first_end_s, last_end_s)
             self._emitted = iterations
 
@@ -274,20 +264,41 @@ class Replica:
         assert batch is not None
         engine = self.engine
         length, end_s = self._length, self._end_s
-        if self._tokens and self.expert.front_end.per_output_token_s:
+        if self._per_output_token_s:
             self._hand_tokens_to_front_end(length)
         delay_s = self._front_end_delay_s + self._network_s
         if self._router is not None:
             delay_s += self._router.token_delay_s(end_s, self._tokens)
-        run = self._log_run(batch, delay_s)
-        for request, _ in batch.chunks:
+        run = self._runs
+        chunks = batch.chunks
+        for request, _ in chunks:
             if request.last_iteration >= 0:  # its prompt is complete
                 self._note_first_token(request, run, end_s, end_s + delay_s)
         finished = engine.finish_run(length)
-        self._count_run(batch, length, end_s)
+
+        slope_s, decodes = self._slope_s, batch.decodes
+        used_blocks = engine.kv.num_blocks - engine.kv.free
+        self._runs = run + 1
+        self._log.extend(
+            (
+                self._start_s,
+                end_s,
+                length,
+                # A delay that grew during the run stretched the gaps.
+                self._fixed_s + slope_s * batch.decode_kv_tokens + (delay_s - self._delay_s) / length,
+                slope_s * decodes,
+                decodes + len(chunks),
+                (self._kv_blocks + used_blocks) / 2,
+                self._preempted,
+            )
+        )
+        self._delay_s = delay_s
+        if self._trace is not None:
+            self._trace_run(batch, length)
+
         due = self._due
         if due and due[0].engine_arrival_s < end_s:
-            last_start_s = self._end_of(length - 1)
+            last_start_s = self._start_s if length == 1 else self._end_of(length - 1)
             while due and due[0].engine_arrival_s < end_s:
                 request = due.popleft()
                 engine.add(request, engine.iteration - (request.engine_arrival_s < last_start_s))
@@ -299,17 +310,6 @@ class Replica:
                 request.last_token_s = end_s + delay_s + self._user_network_s
                 self._served_s += end_s - request.scheduled_s - request.paused_s
             self._deliver(finished, end_s + delay_s)
-
-    def _log_run(self, batch: Batch[Request], delay_s: float) -> int:
-        """Log the gaps between tokens that users see in this run; return its number."""
-        log = self.log
-        length = self._length
-        shift_s = (delay_s - self._delay_s) / length  # a growing delay stretches the gaps
-        self._delay_s = delay_s
-        log.iterations.append(length)
-        log.first_s.append(self._fixed_s + self._slope_s * batch.decode_kv_tokens + shift_s)
-        log.step_s.append(self._slope_s * batch.decodes)
-        return len(log.iterations) - 1
 
     def _note_first_token(self, request: Request, run: int, end_s: float, delivered_s: float) -> None:
         request.first_run = run
@@ -323,31 +323,19 @@ class Replica:
 
     def _note_preemption(self, request: Request, now_s: float) -> None:
         request.queued_since_s = now_s
-        self.totals.preemptions += 1
         if request.first_run >= 0:
             spans = request.spans = request.spans or []
-            spans.append((request.first_run, len(self.log.iterations) - 1))
+            spans.append((request.first_run, self._runs - 1))
             request.first_run = -1
             request.resumes_after_s = now_s + self._delay_s
 
     def _note_admission(self, request: Request, now_s: float) -> None:
         waited_s = now_s - request.queued_since_s
-        self.totals.waiting_s += waited_s
+        self.waited_s += waited_s
         if isnan(request.scheduled_s):
             request.scheduled_s = now_s
         else:
             request.paused_s += waited_s
-
-    def _count_run(self, batch: Batch[Request], length: int, end_s: float) -> None:
-        totals = self.totals
-        duration_s = end_s - self._start_s
-        used_blocks = self.engine.kv.num_blocks - self.engine.kv.free
-        totals.busy_s += duration_s
-        totals.scheduled_s += duration_s * (batch.decodes + len(batch.chunks))
-        totals.kv_block_s += duration_s * (self._kv_blocks + used_blocks) / 2  # grows evenly
-        totals.iterations += length
-        if self._trace is not None:
-            self._trace_run(batch, length)
 
     def _trace_run(self, batch: Batch[Request], length: int) -> None:
         assert self._trace is not None
@@ -385,8 +373,11 @@ class Replica:
             if self._due:
                 self._wake_at(self._due[0].engine_arrival_s, self._on_arrival_when_idle)
             return
-        for request in batch.preempted:
-            self._note_preemption(request, now_s)
+        self._preempted = 0
+        if batch.preempted:
+            self._preempted = len(batch.preempted)
+            for request in batch.preempted:
+                self._note_preemption(request, now_s)
         for request in batch.admitted:
             self._note_admission(request, now_s)
         curve = self.expert.curve
@@ -435,18 +426,41 @@ class Replica:
 
     # -------------------------------------------------------------------------------------------------- looking
 
-    def totals_at(self, time_s: float) -> Totals:
-        """Return the totals with the part of the run in flight, and of the waits going on, up to now."""
-        totals = replace(self.totals, front_end_busy_s=self.front_end.busy_s)
+    def runs(self) -> NDArray[np.float64]:
+        """Return the log of all finished runs, shape (runs, RUN_COLUMNS)."""
+        return np.frombuffer(self._log, np.float64).reshape(-1, len(RUN_COLUMNS))
+
+    def waiting_area_until(self, time_s: float) -> float:
+        """Return the integral of the number in the engine's waiting queue up to now."""
         queued = [*self.engine.waiting, *self.engine.arriving, *self._due]
-        totals.waiting_s += sum(max(0.0, time_s - request.queued_since_s) for request in queued)
+        return self.waited_s + sum(max(0.0, time_s - request.queued_since_s) for request in queued)
+
+    def averages(self, start_s: float, end_s: float) -> Averages:
+        """Return time averages over a window; NaN where it has no length, or the engine never ran in it."""
+        runs = self.runs()
         batch = self._batch
-        if batch is not None:
-            part_s = min(time_s, self._end_s) - self._start_s
-            totals.busy_s += part_s
-            totals.scheduled_s += part_s * (batch.decodes + len(batch.chunks))
-            totals.kv_block_s += part_s * self._kv_blocks
-        return totals
+        if batch is not None:  # the run in flight, as far as it has come
+            scheduled = batch.decodes + len(batch.chunks)
+            now = (self._start_s, end_s, self._iterations_done(end_s), nan, nan, scheduled, self._kv_blocks, 0)
+            runs = np.vstack([runs, now])
+        first_s, last_s, iterations, _, _, scheduled_requests, kv_blocks, preempted = runs.T
+        inside_s = np.clip(np.minimum(last_s, end_s) - np.maximum(first_s, start_s), 0, None)
+        busy_s = float(inside_s.sum())
+        window_s = end_s - start_s or nan
+        began = (first_s >= start_s) & (first_s < end_s)
+        return Averages(
+            utilization=busy_s / window_s,
+            batch_size=float(inside_s @ scheduled_requests) / busy_s if busy_s else nan,
+            running=float(inside_s @ scheduled_requests) / window_s,
+            kv_blocks=float(inside_s @ kv_blocks) / window_s,
+            preemptions=int(preempted[began].sum()),
+            iterations=int(iterations[began].sum()),
+        )
+
+    def scheduled_area_s(self) -> float:
+        """Return the integral of the number of scheduled requests, run by run, until ``settled_s``."""
+        runs = self.runs()
+        return float((runs[:, 1] - runs[:, 0]) @ runs[:, RUN_COLUMNS.index("scheduled")])
 
     def time_in_engine_s(self) -> float:
         """Return how long requests were scheduled, request by request, until ``settled_s``."""

@@ -10,8 +10,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from sim.metrics import ALL_EXPERTS, COUNTS, Row
+from sim.metrics import COUNTS, Row
 from sim.result import Result, loads_label
+from sim.spec import ALL_EXPERTS
 
 PIPED_WIDTH = 160
 NAME_WIDTH = 26

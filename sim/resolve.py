@@ -5,6 +5,7 @@ cannot work.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from importlib import resources
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from sim.profile import Profile, ProfileCurve, ProfileError, load_profile
 from sim.roofline import Roofline, default_front_end
 from sim.service_curve import ServiceCurve
 from sim.spec import ExpertSpec, FleetFile, FleetSpec, FrontEndSpec
+
+_roofline = cache(Roofline)  # alike experts share one, with what it has worked out
 
 DEFAULT_MAX_MODEL_LEN = 8192
 """Longest request in tokens unless the file says otherwise or the model takes less. vLLM's own default is the model's
@@ -75,7 +78,7 @@ def resolve_expert(name: str, spec: ExpertSpec) -> Expert:
     if profile is not None:
         curve = ProfileCurve(profile)
     else:
-        curve = Roofline(
+        curve = _roofline(
             model,
             quantization,
             gpu,

@@ -68,6 +68,7 @@ class Roofline:
         # by batch: filled as batches occur, so that an iteration costs two look-ups and a sum
         self._tokens_s: dict[int, float] = {}
         self._rows_s: dict[int, float] = {}
+        self._pieces: dict[int, tuple[DecodePiece, DecodePiece]] = {}
         scheduling = "asynchronous" if async_scheduling else "synchronous"
         self._source = CurveSource(
             label="roofline, not calibrated", detail=f"{self._detail()}; {scheduling} scheduling"
@@ -93,13 +94,21 @@ class Roofline:
 
     def decode_piece(self, decodes: int, decode_kv_tokens: int) -> DecodePiece:
         """Affine piece of a decode-only batch: two pieces where launches may outlast the GPU, else one."""
+        pieces = self._pieces.get(decodes)
+        if pieces is None:
+            pieces = self._pieces[decodes] = self._pieces_of(decodes)
+        launch_bound, gpu_bound = pieces
+        return launch_bound if decode_kv_tokens < launch_bound.until_kv_tokens else gpu_bound
+
+    def _pieces_of(self, decodes: int) -> tuple[DecodePiece, DecodePiece]:
         fixed_s = self._tokens_at(decodes) + self._rows_at(decodes)
         floor_s = self._launch_floor_s(decodes)
         host_s = self._host_s(decodes)
         launch_bound_until = (floor_s - fixed_s) / self._per_kv_token_s
-        if decode_kv_tokens < launch_bound_until:
-            return DecodePiece(floor_s + host_s, 0.0, launch_bound_until)
-        return DecodePiece(fixed_s + host_s, self._per_kv_token_s, float("inf"))
+        return (
+            DecodePiece(floor_s + host_s, 0.0, launch_bound_until),
+            DecodePiece(fixed_s + host_s, self._per_kv_token_s, float("inf")),
+        )
 
     def _launch_floor_s(self, tokens: int) -> float:
         """Seconds the host needs to launch a batch that runs without a CUDA graph; 0 with one."""

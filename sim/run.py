@@ -52,8 +52,8 @@ def simulate(
         ValueError: ``users`` for a workload that has no users.
     """
     file = with_changes(file, users=users, seed=seed, replications=replications)
-    check_feasible(file)
     data = read_workload_data(file.workload)
+    check_feasible(file, data)
     fleets = {name: resolve_fleet(file, name) for name in file.fleets}
     plans = [
         RunPlan(fleet=fleet, workload=file.workload, run=file.run, data=data, load=load, replication=replication)

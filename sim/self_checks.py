@@ -122,7 +122,7 @@ def _little(where: str, area_s: float, enter_s: NDArray[np.float64], leave_s: ND
 def _engine(replica: "Replica") -> float:
     spent_s = replica.time_in_engine_s()
     name = f"replica {replica.replica_index} of {replica.expert.name}"
-    area_s = replica.totals.scheduled_s
+    area_s = replica.scheduled_area_s()
     if abs(area_s - spent_s) > TOLERANCE * max(1.0, spent_s):
         _fail(f"Little's law in {name}: {area_s} request seconds by iteration, {spent_s} by request")
     kv = replica.engine.kv

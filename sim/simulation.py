@@ -1,6 +1,8 @@
 """One fleet at one load in one replication: users, router and replicas on one clock."""
 
+import gc
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
 from math import isnan, nan
@@ -16,7 +18,7 @@ from sim.kv_cache import PrefixGroup
 from sim.policies import REPLICA_POLICIES, Pool, by_class, by_class_with_spill_over
 from sim.recorder import Recorder
 from sim.records import COMPLETED, FAILED, IN_FLIGHT, ReplicaStats, RouterStats, RunRecord
-from sim.replica import Replica, Request, Totals
+from sim.replica import Replica, Request
 from sim.self_checks import Occupancy, check_run
 from sim.spec import ClosedLoop, OpenLoop, RouterSpec, RunSpec, Trace, WorkloadSpec
 from sim.stations import RouterStation
@@ -132,7 +134,7 @@ class Simulation:
         self._last = None if self._measured is None else self._warm_up + self._measured
         self._progress_step = max(1, (self._last or 0) // PROGRESS_STEPS)
         self._window_start_s = nan
-        self._totals_at_start = [Totals() for _ in self.replicas]
+        self._at_start = [(0.0, 0.0) for _ in self.replicas]  # waiting area, front-end busy time
         self._router_busy_at_start_s = 0.0
         self._router_area_at_start_s = 0.0
         self._done = env.event()
@@ -149,7 +151,8 @@ class Simulation:
             self._at(plan.run.warm_up_s, lambda event: self._open_window(env.now))
         elif not self._warm_up:
             self._open_window(0.0)
-        env.run(until=self._done if plan.run.duration_s is None else plan.run.duration_s)
+        with _rare_garbage_collection():
+            env.run(until=self._done if plan.run.duration_s is None else plan.run.duration_s)
         return self._record()
 
     # ---------------------------------------------------------------------------------------------------- users
@@ -305,7 +308,7 @@ class Simulation:
 
     def _open_window(self, now_s: float) -> None:
         self._window_start_s = now_s
-        self._totals_at_start = [replica.totals_at(now_s) for replica in self.replicas]
+        self._at_start = [(r.waiting_area_until(now_s), r.front_end.busy_s) for r in self.replicas]
         if self.router is not None:
             self._router_busy_at_start_s = self.router.busy_until(now_s)
         self._router_area_at_start_s = self.at_router.area_until(now_s)
@@ -340,7 +343,7 @@ class Simulation:
             window_s=window_s,
             replicas=tuple(
                 _replica_stats(replica, before, self._window_start_s, end_s)
-                for replica, before in zip(self.replicas, self._totals_at_start, strict=True)
+                for replica, before in zip(self.replicas, self._at_start, strict=True)
             ),
             router=self._router_stats(end_s),
             notes=tuple(dict.fromkeys(notes)),
@@ -357,6 +360,17 @@ class Simulation:
         busy_s = self.router.busy_until(end_s) - self._router_busy_at_start_s
         in_router = (self.at_router.area_until(end_s) - self._router_area_at_start_s) / window_s
         return RouterStats(utilization=busy_s / window_s / spec.workers, requests=in_router)
+
+
+@contextmanager
+def _rare_garbage_collection() -> Iterator[None]:
+    """Let the collector of cyclic garbage, of which a run makes none, look less often: it walks every live request."""
+    thresholds = gc.get_threshold()
+    gc.set_threshold(max(thresholds[0], 100_000), *thresholds[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
 
 
 def _service_factors(spec: RouterSpec, seed: int) -> Callable[[], float]:
@@ -418,23 +432,23 @@ def _confusion(plan: RunPlan, seed: int) -> Callable[[int], int] | None:
     return routed
 
 
-def _replica_stats(replica: Replica, before: Totals, start_s: float, end_s: float) -> ReplicaStats:
-    after = replica.totals_at(end_s)
+def _replica_stats(replica: Replica, at_start: tuple[float, float], start_s: float, end_s: float) -> ReplicaStats:
+    waiting_area_s, front_end_busy_s = at_start
+    averages = replica.averages(start_s, end_s)
     window_s = end_s - start_s or nan
-    busy_s = after.busy_s - before.busy_s
     blocks = replica.engine.kv.num_blocks
     return ReplicaStats(
         expert_index=replica.expert_index,
         replica_index=replica.replica_index,
-        utilization=busy_s / window_s,
-        batch_size=(after.scheduled_s - before.scheduled_s) / busy_s if busy_s else nan,
-        running=(after.scheduled_s - before.scheduled_s) / window_s,
-        waiting=(after.waiting_s - before.waiting_s) / window_s,
-        kv_usage=(after.kv_block_s - before.kv_block_s) / window_s / blocks,
+        utilization=averages.utilization,
+        batch_size=averages.batch_size,
+        running=averages.running,
+        waiting=(replica.waiting_area_until(end_s) - waiting_area_s) / window_s,
+        kv_usage=averages.kv_blocks / blocks,
         kv_usage_max=replica.most_kv_blocks / blocks,
-        front_end_utilization=(after.front_end_busy_s - before.front_end_busy_s) / window_s,
-        preemptions=after.preemptions - before.preemptions,
-        iterations=after.iterations - before.iterations,
+        front_end_utilization=(replica.front_end.busy_s - front_end_busy_s) / window_s,
+        preemptions=averages.preemptions,
+        iterations=averages.iterations,
     )
 
 

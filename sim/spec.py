@@ -5,7 +5,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -99,6 +99,9 @@ Quantity = Annotated[Distribution, BeforeValidator(_number_is_fixed, json_schema
 
 # ------------------------------------------------------------------------------------------------------ the fleet
 
+ALL_EXPERTS = "all"
+"""Stands for a fleet's experts together where tables name experts."""
+
 
 class EngineSpec(Spec):
     """Engine settings under vLLM's own names; what is left out takes vLLM's default for the GPU."""
@@ -119,7 +122,7 @@ class EngineSpec(Spec):
 
 
 class FrontEndSpec(Spec):
-    """The API server process of one replica: a delay, and CPU seconds of its kinds of work. Left out: the curve's own."""
+    """The API server process of one replica: a delay, and CPU seconds of its work. Left out: the curve's own."""
 
     delay_s: Seconds | None = Field(None, description="waited by each request without occupying the process")
     per_request_s: Seconds | None = None
@@ -181,6 +184,13 @@ class FleetSpec(Spec):
     class_map: dict[str, list[str]] | None = Field(
         None, description="class -> experts, the first preferred, the others its fallbacks; none: by equal names"
     )
+
+    @field_validator("experts")
+    @classmethod
+    def _all_is_taken(cls, experts: dict[str, ExpertSpec]) -> dict[str, ExpertSpec]:
+        if ALL_EXPERTS in experts:
+            raise ValueError(f"no expert may be named {ALL_EXPERTS!r}, which tables use for the whole fleet")
+        return experts
 
 
 # --------------------------------------------------------------------------------------------------- the workload

@@ -1,12 +1,12 @@
 """Small fleets built by hand, for tests of the simulator itself."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf
 
 from sim.fleet import EngineSettings, Expert, Fleet, FrontEnd
 from sim.service_curve import CurveSource, DecodePiece, IterationWork
 from sim.simulation import RunPlan
-from sim.spec import ClassSpec, ClosedLoop, Fixed, Load, RouterSpec, RunSpec, WorkloadSpec
+from sim.spec import ClassSpec, Fixed, Load, RouterSpec, RunSpec, WorkloadSpec
 from sim.traffic import WorkloadData
 
 FREE = FrontEnd(per_request_s=0.0, per_prompt_token_s=0.0, per_output_token_s=0.0)

@@ -6,12 +6,12 @@ token a request to whole prompts, every policy, misrouted and refused prompts.
 
 from dataclasses import replace
 from math import ceil, nan
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 from hypothesis import strategies as st
 
-from sim.fleet import EngineSettings, Expert, FrontEnd
+from sim.fleet import EngineSettings, FrontEnd
 from sim.simulation import RunPlan
 from sim.spec import (
     ClassSpec,
@@ -28,10 +28,9 @@ from sim.spec import (
     RunSpec,
     Trace,
     Uniform,
-    WorkloadSpec,
 )
 from sim.traffic import TraceTable, WorkloadData
-from tests.fleets import FREE, FREE_ROUTER, AffineCurve, make_expert, make_plan
+from tests.fleets import FREE, AffineCurve, make_expert, make_plan
 
 LOAD_KINDS = ("closed_loop", "open_loop", "trace")
 

@@ -22,7 +22,7 @@ def load(path: Path) -> dict[str, Any]:
 def simulated_iterations(recording: dict[str, Any]) -> list[dict[str, Any]]:
     """Run the engine on a recording's requests, all queued at time 0, and log it the way the recording is."""
     settings = recording["settings"]
-    engine = Engine(
+    engine: Engine[EngineRequest] = Engine(
         EngineSettings(
             max_num_seqs=settings["max_num_seqs"],
             max_num_batched_tokens=settings["max_num_batched_tokens"],
