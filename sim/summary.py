@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 CONFIDENCE = 0.95
 IDENTITY = ("fleet", *LOAD_COLUMNS, "expert", "replications")
 MEANS = tuple(name for name in replication_columns() if name not in {*IDENTITY, *COUNTS, *CONSTANTS, "replication"})
+_TIMES = np.array([name.endswith("_ms") for name in MEANS])
 
 
 def summary_columns() -> tuple[str, ...]:
@@ -27,7 +28,8 @@ def summary_rows(rows: Iterable[Row]) -> list[Row]:
     """Return one row per fleet, load and expert, in the order of first appearance.
 
     Counts are summed over replications. Every other figure is the mean over the replications that know it, with the
-    bounds of its 95 % confidence interval (Student t; NaN with a single replication).
+    bounds of its 95 % confidence interval (Student t; NaN with a single replication). Those of times are symmetric in
+    the logarithm (delta method): a time is positive and its spread over runs is skewed.
     """
     groups: dict[tuple[str | None, ...], list[Row]] = {}
     for row in rows:
@@ -67,7 +69,12 @@ def _summary_row(group: list[Row]) -> Row:
     row |= {name: sum(each[name] for each in group) for name in COUNTS}
     row |= {name: first[name] for name in CONSTANTS}
     table = np.array([[each[name] for name in MEANS] for each in group], dtype=np.float64)
-    mean, low, high = (bound.tolist() for bound in confidence_bounds(table))
+    means, lows, highs = confidence_bounds(table)
+    times = _TIMES & (means > 0)
+    half = np.divide(highs - means, means, out=np.zeros_like(means), where=times)
+    lows = np.where(times, means * np.exp(-half), lows)
+    highs = np.where(times, means * np.exp(half), highs)
+    mean, low, high = means.tolist(), lows.tolist(), highs.tolist()
     for column, name in enumerate(MEANS):
         row |= {name: mean[column], f"{name}_low": low[column], f"{name}_high": high[column]}
     return {name: row[name] for name in summary_columns()}

@@ -9,7 +9,7 @@ from sim.simulation import RunPlan
 from sim.spec import ClassSpec, Fixed, Load, RouterSpec, RunSpec, WorkloadSpec
 from sim.traffic import WorkloadData
 
-FREE = FrontEnd(per_request_s=0.0, per_prompt_token_s=0.0, per_output_token_s=0.0)
+FREE = FrontEnd(per_request_s=0.0, per_prompt_token_s=0.0, per_output_token_s=0.0, delay_s=0.0)
 FREE_ROUTER = RouterSpec(per_request_s=0.0, per_prompt_token_s=0.0, per_output_token_s=0.0)
 ROOMY = EngineSettings(
     max_num_seqs=1000,

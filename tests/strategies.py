@@ -82,9 +82,11 @@ def front_ends(draw: st.DrawFn) -> FrontEnd:
     if draw(st.booleans()):
         return FREE
     return FrontEnd(
-        per_request_s=draw(maybe_times_s(1e-4, 1e-1)),
+        # Not zero, or all who wait behind streamed tokens would reach the engine at one moment.
+        per_request_s=draw(times_s(1e-4, 1e-1)),
         per_prompt_token_s=draw(maybe_times_s(1e-6, 1e-3)),
         per_output_token_s=draw(maybe_times_s(1e-5, 1e-1)),
+        delay_s=draw(maybe_times_s(1e-4, 1e-1)),
     )
 
 
@@ -94,7 +96,7 @@ def routers(draw: st.DrawFn, classes: int, *, token_work: bool = True) -> Router
         policy=draw(st.sampled_from(get_args(Policy))),
         replica_policy=draw(st.sampled_from(get_args(ReplicaPolicy))),
         workers=draw(st.integers(1, 3)),
-        per_request_s=draw(maybe_times_s(1e-4, 1e-1)),
+        per_request_s=draw(times_s(1e-4, 1e-1)),  # not zero: see front_ends
         per_prompt_token_s=draw(maybe_times_s(1e-6, 1e-3)),
         per_output_token_s=draw(maybe_times_s(1e-5, 1e-2)) if token_work else 0.0,
         service_cv=draw(st.sampled_from([0.0, 0.5, 1.0])),
