@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sim.records import COMPLETED, REQUEST_COLUMNS, TokenGaps
-from sim.replica import RUN_COLUMNS, Replica, Request
+from sim.replica import RUN_COLUMNS, Replica
+from sim.request import Request
 
 GAP_RESOLUTION_S = 1e-6
 _COLUMNS = (*REQUEST_COLUMNS, "first_run", "last_run")

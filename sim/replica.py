@@ -18,67 +18,11 @@ from simpy import Environment
 from simpy.events import Event, Timeout
 
 from sim.chrome_trace import TracedIteration
-from sim.engine import Batch, Engine, EngineRequest
+from sim.engine import Batch, Engine
 from sim.fleet import Expert
 from sim.kv_cache import PrefixGroup
+from sim.request import Request
 from sim.stations import FrontEndStation, RouterStation
-
-
-class Request(EngineRequest):
-    """A request on its way through the fleet, with the times that become its record (``sim.records``)."""
-
-    __slots__ = (
-        "class_index",
-        "engine_arrival_s",
-        "first_run",
-        "first_token_engine_s",
-        "first_token_s",
-        "front_end_start_s",
-        "gaps",
-        "last_run",
-        "last_token_engine_s",
-        "last_token_s",
-        "paused_s",
-        "queued_since_s",
-        "replica",
-        "request_id",
-        "resumes_after_s",
-        "routed_class_index",
-        "router_end_s",
-        "router_start_s",
-        "scheduled_s",
-        "sent_s",
-        "spans",
-        "user_id",
-    )
-
-    def __init__(self, request_id: int, user_id: int, class_index: int, prompt_tokens: int, output_tokens: int):
-        super().__init__(prompt_tokens, output_tokens)
-        self.request_id = request_id
-        self.user_id = user_id
-        self.class_index = class_index
-        self.routed_class_index = class_index
-        self.replica: Replica | None = None
-        self.sent_s = nan
-        self.router_start_s = nan
-        self.router_end_s = nan
-        self.front_end_start_s = nan
-        self.engine_arrival_s = nan
-        self.scheduled_s = nan
-        self.first_token_engine_s = nan
-        self.first_token_s = nan
-        self.last_token_engine_s = nan
-        self.last_token_s = nan
-        # Tokens after the first one come one per iteration of the runs first_run + 1 .. last_run of its replica.
-        self.first_run = -1
-        self.last_run = -1
-        # Preempted only: the spans of runs before, the gaps across each preemption, and since when it waits.
-        self.spans: list[tuple[int, int]] | None = None
-        self.gaps: list[float] | None = None
-        self.resumes_after_s = nan
-        self.queued_since_s = nan  # in the engine's waiting queue, this time
-        self.paused_s = 0.0  # preempted and waiting, in all
-
 
 RUN_COLUMNS = ("start_s", "end_s", "iterations", "first_gap_s", "gap_step_s", "scheduled", "kv_blocks", "preempted")
 """What is logged of each run of iterations: its time; how many iterations; the seconds between a user's tokens, which

@@ -1,16 +1,14 @@
 """What every run checks about itself. A failed check is a defect of the simulator, and raises."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sim.records import COMPLETED, FAILED, IN_FLIGHT, STATUSES
-
-if TYPE_CHECKING:
-    from sim.replica import Replica
-    from sim.simulation import Simulation
+from sim.replica import Replica
 
 TOLERANCE = 1e-6  # relative, for sums of floating-point times
 
@@ -38,7 +36,31 @@ class Occupancy:
         return self._area_s + self.count * (now_s - self._as_of_s)
 
 
-def check_run(simulation: "Simulation", requests: dict[str, NDArray[Any]], end_s: float) -> dict[str, str]:
+@dataclass(slots=True)
+class Counted:
+    """What a run counts event by event, apart from its request records.
+
+    Attributes:
+        sent: requests that entered the system, at the router's door.
+        ended: requests that completed or failed.
+        in_system: requests between entering and leaving the router's door.
+        at_router: requests waiting for or served by a router worker.
+    """
+
+    sent: int = 0
+    ended: int = 0
+    in_system: Occupancy = field(default_factory=Occupancy)
+    at_router: Occupancy = field(default_factory=Occupancy)
+
+
+def check_run(
+    counted: Counted,
+    requests: dict[str, NDArray[Any]],
+    replicas: Sequence[Replica],
+    end_s: float,
+    user_network_s: float,
+    has_router: bool,
+) -> dict[str, str]:
     """Check a finished run; return what each check found.
 
     Conservation: every request sent has one outcome. Order: no timestamp lies before the one it follows. Little's law
@@ -49,24 +71,24 @@ def check_run(simulation: "Simulation", requests: dict[str, NDArray[Any]], end_s
     Raises:
         SelfCheckError: one of them fails.
     """
-    found = {"conservation": _conservation(simulation, requests), "order": _order(requests)}
+    found = {"conservation": _conservation(counted, requests), "order": _order(requests)}
     found["little, system"] = _little(
         "the system",
-        simulation.in_system.area_until(end_s),
-        requests["sent_s"] + simulation.user_network_s,
-        requests["last_token_s"] - simulation.user_network_s,
+        counted.in_system.area_until(end_s),
+        requests["sent_s"] + user_network_s,
+        requests["last_token_s"] - user_network_s,
         end_s,
     )
-    if simulation.router is not None:
+    if has_router:
         found["little, router"] = _little(
             "the router",
-            simulation.at_router.area_until(end_s),
-            requests["sent_s"] + simulation.user_network_s,
+            counted.at_router.area_until(end_s),
+            requests["sent_s"] + user_network_s,
             requests["router_end_s"],
             end_s,
         )
     spent = 0.0
-    for replica in simulation.replicas:
+    for replica in replicas:
         spent += _engine(replica)
     found["little, engines"] = f"{spent:,.1f} request seconds"
     return found
@@ -76,15 +98,15 @@ def _fail(what: str) -> None:
     raise SelfCheckError(f"self-check failed, please report this as a defect of the simulator: {what}")
 
 
-def _conservation(simulation: "Simulation", requests: dict[str, NDArray[Any]]) -> str:
+def _conservation(counted: Counted, requests: dict[str, NDArray[Any]]) -> str:
     counts = np.bincount(requests["status"], minlength=len(STATUSES))
     if len(np.unique(requests["request_id"])) != len(requests["request_id"]):
         _fail("a request is recorded twice")
     # Those on their way from the user to the router are sent, and in flight, but not yet counted at its door.
-    on_the_way = counts.sum() - simulation.sent
+    on_the_way = counts.sum() - counted.sent
     recorded = ", ".join(f"{count:,} {status}" for status, count in zip(STATUSES, counts, strict=True))
-    if not 0 <= on_the_way <= counts[IN_FLIGHT] or counts[COMPLETED] + counts[FAILED] != simulation.ended:
-        _fail(f"{simulation.sent:,} requests entered and {simulation.ended:,} ended, but recorded are {recorded}")
+    if not 0 <= on_the_way <= counts[IN_FLIGHT] or counts[COMPLETED] + counts[FAILED] != counted.ended:
+        _fail(f"{counted.sent:,} requests entered and {counted.ended:,} ended, but recorded are {recorded}")
     return recorded
 
 
@@ -119,7 +141,7 @@ def _little(where: str, area_s: float, enter_s: NDArray[np.float64], leave_s: ND
     return f"{area_s:,.1f} request seconds"
 
 
-def _engine(replica: "Replica") -> float:
+def _engine(replica: Replica) -> float:
     spent_s = replica.time_in_engine_s()
     name = f"replica {replica.replica_index} of {replica.expert.name}"
     area_s = replica.scheduled_area_s()

@@ -4,22 +4,21 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import accumulate
 from math import isnan, nan
 from typing import Any
 
-import numpy as np
 from simpy import Environment
 from simpy.events import Event, Timeout
 
 from sim.chrome_trace import TracedIteration
 from sim.fleet import Fleet
 from sim.kv_cache import PrefixGroup
-from sim.policies import REPLICA_POLICIES, Pool, by_class, by_class_with_spill_over
 from sim.recorder import Recorder
 from sim.records import COMPLETED, FAILED, IN_FLIGHT, ReplicaStats, RouterStats, RunRecord
-from sim.replica import Replica, Request
-from sim.self_checks import Occupancy, check_run
+from sim.replica import Replica
+from sim.request import Request
+from sim.routing import confusion, replica_choice
+from sim.self_checks import Counted, check_run
 from sim.spec import ClosedLoop, OpenLoop, RouterSpec, RunSpec, Trace, WorkloadSpec
 from sim.stations import RouterStation
 from sim.streams import stream
@@ -81,19 +80,13 @@ class Simulation:
     Attributes:
         traced: iterations of the traced replica.
         replicas: of all experts, in order.
-        in_system, at_router: requests there, counted event by event (from the router's door to the router's door).
-        user_network_s: one-way delay between users and router.
-        sent: requests that entered the system.
-        ended: requests that completed or failed.
+        counted: requests sent, ended, in the system and at the router, counted event by event.
     """
 
     def __init__(self, plan: RunPlan, progress: Callable[[float], None] | None = None):
         """Set up the run; ``progress`` is called now and then with the share of it that is done."""
         self.traced: list[TracedIteration] = []
-        self.in_system = Occupancy()
-        self.at_router = Occupancy()
-        self.sent = 0
-        self.ended = 0
+        self.counted = Counted()
         self._plan = plan
         self._progress = progress
         self._env = env = Environment()
@@ -103,7 +96,7 @@ class Simulation:
 
         spec = plan.fleet.router
         self.router = RouterStation(spec, _service_factors(spec, self._seed)) if spec is not None else None
-        self.user_network_s = spec.user_network_s if spec else 0.0
+        self._user_network_s = spec.user_network_s if spec else 0.0
         self._expert_network_s = spec.expert_network_s if spec else 0.0
         by_expert = [
             [
@@ -114,7 +107,7 @@ class Simulation:
                     replica_index,
                     router=self.router,
                     network_s=self._expert_network_s,
-                    user_network_s=self.user_network_s,
+                    user_network_s=self._user_network_s,
                     deliver=self._deliver,
                     step_by_step=plan.step_by_step,
                     trace=self.traced if plan.trace == (expert_index, replica_index) else None,
@@ -124,8 +117,8 @@ class Simulation:
             for expert_index, expert in enumerate(plan.fleet.experts)
         ]
         self.replicas = [replica for replicas in by_expert for replica in replicas]
-        self._choose = _choice(plan, by_expert, self._seed)
-        self._misroute = _confusion(plan, self._seed)
+        self._choose = replica_choice(plan.fleet, by_expert, self._seed)
+        self._misroute = confusion(spec, list(plan.workload.classes), self._seed)
         self._shared_prefix_tokens = [spec.shared_prefix_tokens for spec in plan.workload.classes.values()]
 
         self._users: ClosedLoopUsers | None = None
@@ -169,7 +162,7 @@ class Simulation:
                 self._active[request.request_id] = request
                 starts.setdefault(start_s, []).append(request)
             for start_s, requests in starts.items():
-                self._at(start_s + self.user_network_s, self._on_router_arrivals, requests)
+                self._at(start_s + self._user_network_s, self._on_router_arrivals, requests)
             return
         if isinstance(plan.workload.load, OpenLoop):
             self._arrivals = arriving_requests(OpenTraffic(plan.workload, plan.load, self._seed, plan.data))
@@ -181,7 +174,7 @@ class Simulation:
         request = next(self._arrivals, None)
         if request is not None:
             self._active[request.request_id] = request
-            self._at(request.sent_s + self.user_network_s, self._on_open_arrival, [request])
+            self._at(request.sent_s + self._user_network_s, self._on_open_arrival, [request])
 
     def _on_open_arrival(self, event: Event) -> None:
         self._expect_next_arrival()
@@ -191,7 +184,7 @@ class Simulation:
         """Let users whose answers leave the router now think and send again."""
         users = self._users
         assert users is not None
-        there_s = self.user_network_s
+        there_s = self._user_network_s
         back_s = self._env.now + there_s
         groups: list[tuple[float, list[Request]]] = []
         together: list[Request] = []
@@ -222,21 +215,21 @@ class Simulation:
 
     def _take_in(self, requests: list[Request]) -> None:
         now_s = self._env.now
-        self.sent += len(requests)
-        self.in_system.change(now_s, len(requests))
+        self.counted.sent += len(requests)
+        self.counted.in_system.change(now_s, len(requests))
         router = self.router
         if router is None:
             for request in requests:
                 self._send_to_expert(request, now_s)
             return
-        self.at_router.change(now_s, len(requests))
+        self.counted.at_router.change(now_s, len(requests))
         for request in requests:
             request.router_start_s, request.router_end_s = router.take_request(now_s, request.prompt_tokens)
             self._at(request.router_end_s, self._on_routed, request)
 
     def _on_routed(self, event: Event) -> None:
         now_s = self._env.now
-        self.at_router.change(now_s, -1)
+        self.counted.at_router.change(now_s, -1)
         request: Any = event.value
         if self._misroute is not None:
             request.routed_class_index = self._misroute(request.class_index)
@@ -258,7 +251,7 @@ class Simulation:
         if request.prompt_tokens + request.output_tokens > replica.expert.engine.max_model_len:
             # The engine refuses it at once, as vLLM does with status 400.
             refused_s = self._env.now + self._expert_network_s
-            request.last_token_s = refused_s + self.user_network_s
+            request.last_token_s = refused_s + self._user_network_s
             self._at(refused_s, self._on_refused, request)
             return
         shared_tokens = self._shared_prefix_tokens[request.class_index]
@@ -283,19 +276,20 @@ class Simulation:
 
     def _end(self, requests: list[Request], status: int) -> None:
         now_s = self._env.now
-        self.in_system.change(now_s, -len(requests))
+        self.counted.in_system.change(now_s, -len(requests))
         for request in requests:
             assert request.replica is not None
             request.replica.outstanding -= 1
             del self._active[request.request_id]
             self._recorder.add(request, status)
-        before, self.ended = self.ended, self.ended + len(requests)
-        if before < self._warm_up <= self.ended:
+        before = self.counted.ended
+        ended = self.counted.ended = before + len(requests)
+        if before < self._warm_up <= ended:
             self._open_window(now_s)
         if self._last is not None:
-            if self._progress is not None and self.ended // self._progress_step > before // self._progress_step:
-                self._progress(min(1.0, self.ended / self._last))
-            if self.ended >= self._last:
+            if self._progress is not None and ended // self._progress_step > before // self._progress_step:
+                self._progress(min(1.0, ended / self._last))
+            if ended >= self._last:
                 if not self._done.triggered:
                     self._done.succeed()
                 return
@@ -311,7 +305,7 @@ class Simulation:
         self._at_start = [(r.waiting_area_until(now_s), r.front_end.busy_s) for r in self.replicas]
         if self.router is not None:
             self._router_busy_at_start_s = self.router.busy_until(now_s)
-        self._router_area_at_start_s = self.at_router.area_until(now_s)
+        self._router_area_at_start_s = self.counted.at_router.area_until(now_s)
 
     def _record(self) -> RunRecord:
         plan, end_s = self._plan, self._env.now
@@ -327,10 +321,12 @@ class Simulation:
         for name, column in requests.items():
             if name.endswith("_s"):
                 column[in_flight & (column > end_s)] = nan  # known to the simulator, but not yet happened
-        start_user_s = self._window_start_s + (self.user_network_s if self._window_start_s else 0.0)
-        window_s = (start_user_s, end_s + self.user_network_s)
+        start_user_s = self._window_start_s + (self._user_network_s if self._window_start_s else 0.0)
+        window_s = (start_user_s, end_s + self._user_network_s)
         notes += [note for replica in self.replicas for note in _extrapolations(replica)]
-        checks = check_run(self, requests, end_s)
+        checks = check_run(
+            self.counted, requests, self.replicas, end_s, self._user_network_s, plan.fleet.router is not None
+        )
         return RunRecord(
             fleet=plan.fleet.name,
             load_kind=plan.workload.load.kind,
@@ -358,7 +354,7 @@ class Simulation:
         if not window_s:
             return RouterStats(utilization=nan, requests=nan)
         busy_s = self.router.busy_until(end_s) - self._router_busy_at_start_s
-        in_router = (self.at_router.area_until(end_s) - self._router_area_at_start_s) / window_s
+        in_router = (self.counted.at_router.area_until(end_s) - self._router_area_at_start_s) / window_s
         return RouterStats(utilization=busy_s / window_s / spec.workers, requests=in_router)
 
 
@@ -385,51 +381,6 @@ def _service_factors(spec: RouterSpec, seed: int) -> Callable[[], float]:
             yield from (rng.standard_gamma(shape, 4096) / shape).tolist()
 
     return factors().__next__
-
-
-def _choice(plan: RunPlan, by_expert: list[list[Replica]], seed: int) -> Callable[[Request], Replica]:
-    """Return the router's policy, applied to this fleet."""
-    spec = plan.fleet.router
-    if spec is None:
-        only = by_expert[0][0]
-        return lambda request: only
-    uniform = stream(seed, "policy").random
-    if spec.policy in REPLICA_POLICIES:
-        everywhere = Pool([replica for replicas in by_expert for replica in replicas])
-        pick = REPLICA_POLICIES[spec.policy]
-        return lambda request: pick(everywhere, uniform)
-    among = REPLICA_POLICIES[spec.replica_policy]
-    pools = [Pool(replicas) for replicas in by_expert]
-    class_map = plan.fleet.class_map
-    if spec.policy == "class":
-        return lambda request: among(pools[by_class(class_map[request.routed_class_index])], uniform)
-    saturated_at = [spec.spill_over_outstanding or expert.engine.max_num_seqs for expert in plan.fleet.experts]
-    return lambda request: among(
-        pools[by_class_with_spill_over(class_map[request.routed_class_index], pools, saturated_at)], uniform
-    )
-
-
-def _confusion(plan: RunPlan, seed: int) -> Callable[[int], int] | None:
-    """Return what the classifier takes a prompt of a class for; None when it is always right."""
-    spec = plan.fleet.router
-    if spec is None or (spec.accuracy == 1.0 and spec.confusion is None) or len(plan.workload.classes) == 1:
-        return None
-    names = list(plan.workload.classes)
-    others = len(names) - 1
-    rows = []
-    for name in names:
-        given = (spec.confusion or {}).get(name)
-        if given is None:
-            weights = [spec.accuracy if other == name else (1 - spec.accuracy) / others for other in names]
-        else:
-            weights = [given.get(other, 0.0) for other in names]
-        rows.append(list(accumulate(weight / sum(weights) for weight in weights)))
-    uniform = stream(seed, "confusion").random
-
-    def routed(class_index: int) -> int:
-        return min(int(np.searchsorted(rows[class_index], uniform(), side="right")), others)
-
-    return routed
 
 
 def _replica_stats(replica: Replica, at_start: tuple[float, float], start_s: float, end_s: float) -> ReplicaStats:

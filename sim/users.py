@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from itertools import count
 
-from sim.replica import Request
+from sim.request import Request
 from sim.traffic import ClosedLoopTraffic, OpenTraffic, TraceTraffic
 
 
