@@ -97,7 +97,7 @@ class Replica:
         self.largest_decodes = 0
         self.largest_kv_tokens = 0
         self.largest_prefill_tokens = 0
-        self.prefix_groups: dict[int, PrefixGroup] = {}
+        self.prefix_groups: dict[int, PrefixGroup] = {}  # by prefix number; of classes: -1 - index
         self._router = router if router is not None and router.streams_cost else None
         self._per_output_token_s = expert.front_end.per_output_token_s
         self._network_s = network_s

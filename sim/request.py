@@ -24,6 +24,7 @@ class Request(EngineRequest):
         "last_token_engine_s",
         "last_token_s",
         "paused_s",
+        "prefix",
         "queued_since_s",
         "replica",
         "request_id",
@@ -43,6 +44,7 @@ class Request(EngineRequest):
         self.user_id = user_id
         self.class_index = class_index
         self.routed_class_index = class_index
+        self.prefix: tuple[int, int] | None = None  # (number, shared tokens) of its own; None: what its class shares
         self.replica: Replica | None = None
         self.sent_s = nan
         self.router_start_s = nan

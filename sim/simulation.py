@@ -254,12 +254,15 @@ class Simulation:
             request.last_token_s = refused_s + self._user_network_s
             self._at(refused_s, self._on_refused, request)
             return
-        shared_tokens = self._shared_prefix_tokens[request.class_index]
+        if request.prefix is None:
+            key, shared_tokens = -1 - request.class_index, self._shared_prefix_tokens[request.class_index]
+        else:
+            key, shared_tokens = request.prefix
         if shared_tokens:
-            group = replica.prefix_groups.get(request.class_index)
+            group = replica.prefix_groups.get(key)
             if group is None:
                 group = PrefixGroup(shared_tokens, replica.expert.engine.block_size)
-                replica.prefix_groups[request.class_index] = group
+                replica.prefix_groups[key] = group
             request.group = group
         replica.submit(request)
 

@@ -43,12 +43,17 @@ class TraceTable:
         arrival_s: shape (n,), seconds since the first request, never decreasing.
         prompt_tokens: shape (n,), >= 1.
         output_tokens: shape (n,), >= 1.
+        prefix_id: shape (n,); requests of one number begin with the same tokens, of -1 with what their class shares.
+            None: all -1.
+        prefix_tokens: shape (n,); how many tokens those of one ``prefix_id`` share. None with ``prefix_id``.
         notes: what the reader left out or did not use, one sentence each.
     """
 
     arrival_s: NDArray[np.float64]
     prompt_tokens: NDArray[np.int64]
     output_tokens: NDArray[np.int64]
+    prefix_id: NDArray[np.int64] | None = None
+    prefix_tokens: NDArray[np.int64] | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -246,12 +251,15 @@ class TrafficBlock(NamedTuple):
         class_index: into the workload's classes.
         prompt_tokens: >= 1.
         output_tokens: >= 1.
+        prefix_id, prefix_tokens: see ``TraceTable``; -1 and 0 in an open loop.
     """
 
     arrival_s: NDArray[np.float64]
     class_index: NDArray[np.int64]
     prompt_tokens: NDArray[np.int64]
     output_tokens: NDArray[np.int64]
+    prefix_id: NDArray[np.int64]
+    prefix_tokens: NDArray[np.int64]
 
 
 class OpenTraffic:
@@ -290,6 +298,8 @@ class OpenTraffic:
                 class_index,
                 self._mix.prompt_tokens(class_index, prompt_uniforms),
                 self._mix.output_tokens(class_index, output_uniforms),
+                np.full(BLOCK_REQUESTS, -1),
+                np.zeros(BLOCK_REQUESTS, np.int64),
             )
             last_s = float(arrival_s[-1])
             index += 1
@@ -321,8 +331,18 @@ class TraceTraffic:
     def blocks(self) -> Iterator[TrafficBlock]:
         """Yield the requests from the start, at most ``BLOCK_REQUESTS`` at a time."""
         trace = self._trace
+        none = np.full(len(self), -1), np.zeros(len(self), np.int64)
+        prefix_id = none[0] if trace.prefix_id is None else trace.prefix_id
+        prefix_tokens = none[1] if trace.prefix_tokens is None else trace.prefix_tokens
         for index, start in enumerate(range(0, len(self), BLOCK_REQUESTS)):
             part = slice(start, start + BLOCK_REQUESTS)
             arrival_s = trace.arrival_s[part] * self._time_scale
             class_index = self._mix.classes(stream(self._seed, "class", index).random(len(arrival_s)))
-            yield TrafficBlock(arrival_s, class_index, trace.prompt_tokens[part], trace.output_tokens[part])
+            yield TrafficBlock(
+                arrival_s,
+                class_index,
+                trace.prompt_tokens[part],
+                trace.output_tokens[part],
+                prefix_id[part],
+                prefix_tokens[part],
+            )

@@ -44,9 +44,10 @@ def arriving_requests(traffic: OpenTraffic | TraceTraffic) -> Iterator[Request]:
     """Yield the requests of an open loop or a trace in order of arrival, their ``sent_s`` set."""
     ids = count()
     for block in traffic.blocks():
-        for sent_s, class_index, prompt_tokens, output_tokens in zip(
-            *(column.tolist() for column in block), strict=True
-        ):
+        rows = zip(*(column.tolist() for column in block), strict=True)
+        for sent_s, class_index, prompt_tokens, output_tokens, prefix_id, prefix_tokens in rows:
             request = Request(next(ids), -1, class_index, prompt_tokens, output_tokens)
             request.sent_s = sent_s
+            if prefix_id >= 0:
+                request.prefix = prefix_id, prefix_tokens
             yield request
