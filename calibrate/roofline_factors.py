@@ -37,6 +37,7 @@ _MAX_SATURATED_DECODES = 256
 _CHAT_PROMPT_TOKENS = 200
 _ASYNC = "host_asynchronous"
 
+OVERHEADS = ("per_iteration_s", "per_sequence_s", "filter_fixed_s", "top_p_passes", "top_k_passes")
 PER_REQUEST_S = 1 / 1205
 PER_PROMPT_TOKEN_S = 1e-6
 COMPILED_LAUNCH_PER_LAYER_S = 0.12e-3
@@ -142,24 +143,29 @@ def saturated_runs(runs: pd.DataFrame) -> pd.DataFrame:
 def overhead_factors(
     group: str, rows: pd.DataFrame, measure: str, kernels: list[Factor], what: str, engine: str
 ) -> list[Factor]:
-    """Return what the host adds per iteration and per sequence: measured minus kernel time, a line over the batch."""
-    without_host = _as_factors(
-        [*kernels, Factor(f"{_ASYNC}.per_iteration_s", 0, ""), Factor(f"{_ASYNC}.per_sequence_s", 0, "")]
-    )
-    kernel_s = np.asarray([_tpot_s(row, without_host) for row in rows.to_dict("records")])
+    """Return what the engine adds to the kernels: host time and sampling filters, from measured minus kernel time."""
+    nothing = [Factor(f"{_ASYNC}.{name}", 0.0, "") for name in OVERHEADS]
+    without = _as_factors([*kernels, *nothing])
+    kernel_s = np.asarray([_tpot_s(row, without) for row in rows.to_dict("records")])
     measured_s, decodes = rows["tpot_mean"].to_numpy(float), rows["decodes"].to_numpy(float)
-    design = np.column_stack([np.ones_like(decodes), decodes]) / measured_s[:, None]
+    models = [find_model(name) for name in rows["model"]]
+    top_p = np.array([model.default_sampling == "top_p" for model in models], float)
+    top_k = np.array([model.default_sampling == "top_k" for model in models], float)
+    pass_s = [
+        decodes_of * model.vocab_size * 4 / find_gpu(gpu).bandwidth_bytes_per_s
+        for decodes_of, model, gpu in zip(decodes, models, rows["gpu"], strict=True)
+    ]
+    design = np.column_stack([np.ones_like(decodes), decodes, top_p + top_k, top_p * pass_s, top_k * pass_s])
+    design /= measured_s[:, None]
     solution, _ = nnls(design, (measured_s - kernel_s) / measured_s)
     left = (kernel_s + design @ solution * measured_s) / measured_s - 1
     how = (
         f"measured {measure} minus kernel time over {len(rows)} {what} on {_HOST_GPU} ({engine}; {decodes.min():.0f} "
-        f"to {decodes.max():.0f} decoding), non-negative least squares of the relative error on a constant and the "
-        f"batch; median error left {np.median(np.abs(left)):.1%}, largest {np.max(np.abs(left)):.0%}"
+        f"to {decodes.max():.0f} decoding; {top_p.sum():.0f} of models with top-p, {top_k.sum():.0f} with top-k), "
+        "non-negative least squares of the relative error; "
+        f"median error left {np.median(np.abs(left)):.1%}, largest {np.max(np.abs(left)):.0%}"
     )
-    return [
-        Factor(f"{group}.per_iteration_s", float(solution[0]), how),
-        Factor(f"{group}.per_sequence_s", float(solution[1]), how),
-    ]
+    return [Factor(f"{group}.{name}", float(value), how) for name, value in zip(OVERHEADS, solution, strict=True)]
 
 
 def front_end_factors(rows: pd.DataFrame, runs: pd.DataFrame, factors: list[Factor]) -> list[Factor]:
@@ -284,13 +290,15 @@ def _row_curve(row: Row, factors: Factors) -> Roofline:
 
 
 def _curve(model: str, gpu: str, tensor_parallel_size: int, max_num_seqs: int, factors: Factors) -> Roofline:
+    shape = find_model(model)
     return Roofline(
-        find_model(model),
+        shape,
         find_quantization("bf16"),
         find_gpu(gpu),
         tensor_parallel_size=tensor_parallel_size,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=2048,
+        sampling_filter=shape.default_sampling,
         factors=factors,
     )
 

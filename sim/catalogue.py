@@ -31,6 +31,9 @@ class UnknownNameError(ValueError):
         self.suggestions = suggestions
 
 
+SamplingFilter = Literal["top_p", "top_k"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
     """A decoder-only transformer by its shape.
@@ -43,6 +46,7 @@ class ModelShape:
         qkv_bias: query, key and value projections have biases.
         qk_norm: queries and keys are normalised per head.
         max_model_len: longest context in tokens.
+        default_sampling: filter that the model's generation config puts on the next token; None for none.
     """
 
     name: str
@@ -61,6 +65,7 @@ class ModelShape:
     tied_embeddings: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
+    default_sampling: SamplingFilter | None = None
 
     @property
     def query_size(self) -> int:

@@ -91,10 +91,20 @@ class ElementwiseFactors:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OverheadFactors:
-    """Time between iterations that the GPU does not hide: per iteration, and per scheduled sequence."""
+    """What one engine adds to its kernels, read off measured iterations.
+
+    Attributes:
+        per_iteration_s: host time that the GPU does not hide; likewise ``per_sequence_s``, per scheduled sequence.
+        filter_fixed_s: of cutting the distribution of the next token, per iteration.
+        top_p_passes: how often the cut to the top p could have moved the FP32 logits at full bandwidth in its time;
+            likewise ``top_k_passes``, to the top k with or without top p.
+    """
 
     per_iteration_s: float
     per_sequence_s: float
+    filter_fixed_s: float
+    top_p_passes: float
+    top_k_passes: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -88,6 +88,7 @@ def resolve_expert(name: str, spec: ExpertSpec) -> Expert:
             max_num_batched_tokens=engine.max_num_batched_tokens,
             enforce_eager=spec.engine.enforce_eager,
             async_scheduling=spec.engine.async_scheduling,
+            sampling_filter=model.default_sampling if spec.engine.generation_config == "auto" else None,
         )
     return Expert(
         name=name,

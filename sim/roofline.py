@@ -7,7 +7,7 @@ factors are in ``sim/data/roofline.json``.
 
 from typing import Literal
 
-from sim.catalogue import BF16_BYTES, Gpu, ModelShape, Quantization
+from sim.catalogue import BF16_BYTES, Gpu, ModelShape, Quantization, SamplingFilter
 from sim.cuda_graphs import capture_sizes, padded_tokens
 from sim.factors import Factors, packaged_factors
 from sim.fleet import FrontEnd
@@ -22,7 +22,7 @@ class Roofline:
     """Service curve of an uncalibrated engine; fulfils ``sim.service_curve.ServiceCurve``.
 
     Not modelled: the host's work between the graph pieces of a small mixed batch (hidden behind the GPU for models of
-    7B and more), and sampling filters (top-k, top-p), which sort every row of logits.
+    7B and more).
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class Roofline:
         max_num_batched_tokens: int,
         enforce_eager: bool = False,
         async_scheduling: bool = True,
+        sampling_filter: SamplingFilter | None = None,
         factors: Factors | None = None,
     ) -> None:
         factors = packaged_factors() if factors is None else factors
@@ -52,6 +53,7 @@ class Roofline:
         self._all_reduce = factors.all_reduce(gpu, tensor_parallel_size)
         self._sampling = factors.sampling
         self._overhead = factors.overhead(async_scheduling=async_scheduling)
+        self._sampling_filter = sampling_filter
         self._graph_sizes = (
             ()
             if enforce_eager
@@ -134,9 +136,17 @@ class Roofline:
             logit_bytes = rows * model.vocab_size * _FP32_BYTES
             sampling_s = self._sampling.fixed_s + self._sampling.passes * logit_bytes / self._gpu.bandwidth_bytes_per_s
             attention_s = model.layers * self._attention.per_sequence_s * rows
-            seconds = self._head_s(rows) + sampling_s + attention_s
+            seconds = self._head_s(rows) + sampling_s + attention_s + self._filter_s(logit_bytes)
             self._rows_s[rows] = seconds
         return seconds
+
+    def _filter_s(self, logit_bytes: float) -> float:
+        """Seconds of cutting the distribution of the next token to its top p or top k, which sorts every row."""
+        overhead = self._overhead
+        if self._sampling_filter is None:
+            return 0.0
+        passes = overhead.top_p_passes if self._sampling_filter == "top_p" else overhead.top_k_passes
+        return overhead.filter_fixed_s + passes * logit_bytes / self._gpu.bandwidth_bytes_per_s
 
     def _layer_s(self, tokens: int) -> float:
         """Seconds of one layer for this many tokens; of attention all but reading KV and the work per pair."""

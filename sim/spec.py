@@ -119,6 +119,9 @@ class EngineSpec(Spec):
     scheduler_reserve_full_isl: bool = True
     async_scheduling: bool = True
     enforce_eager: bool = False
+    generation_config: Literal["auto", "vllm"] = Field(
+        "auto", description="sampling defaults: auto, the model's own, whose top-p or top-k takes time; vllm, none"
+    )
 
 
 class FrontEndSpec(Spec):

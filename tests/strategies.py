@@ -47,14 +47,14 @@ def maybe_times_s(least: float, most: float) -> st.SearchStrategy[float]:
 @st.composite
 def engines(draw: st.DrawFn) -> EngineSettings:
     block_size = draw(st.sampled_from([1, 2, 4, 16]))
-    max_model_len = draw(st.integers(16, 128))
+    max_model_len = draw(st.integers(60, 160))
     max_num_seqs = draw(st.integers(1, 16))
     return EngineSettings(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_seqs + draw(st.sampled_from([0, 1, 7, 40, 1000])),
         max_model_len=max_model_len,
         block_size=block_size,
-        num_kv_blocks=ceil(max_model_len / block_size) + draw(st.integers(0, 2 * max_model_len // block_size)),
+        num_kv_blocks=ceil(max_model_len / block_size) + draw(st.integers(0, max_model_len // block_size)),
         enable_prefix_caching=draw(st.booleans()),
         scheduler_reserve_full_isl=draw(st.booleans()),
         async_scheduling=draw(st.booleans()),
@@ -137,7 +137,7 @@ def loads(draw: st.DrawFn, kind: str, seed: int) -> tuple[Load, float, WorkloadD
             load = ClosedLoop(users=users, think_time_s=draw(think_times()), ramp_up_s=draw(times_s(1e-1, 1e1)))
             return load, float(users), WorkloadData()
         case "open_loop":
-            rate_rps = 1 / draw(times_s(1e-2, 1e0))
+            rate_rps = 1 / draw(times_s(3e-2, 3e0))
             return (
                 OpenLoop(rate_rps=rate_rps, burstiness=draw(st.sampled_from([0.3, 1.0, 4.0]))),
                 rate_rps,
@@ -148,8 +148,8 @@ def loads(draw: st.DrawFn, kind: str, seed: int) -> tuple[Load, float, WorkloadD
             rng = np.random.default_rng(seed)
             table = TraceTable(
                 arrival_s=np.cumsum(rng.exponential(draw(times_s(1e-3, 1e0)), count)),
-                prompt_tokens=rng.integers(1, draw(st.integers(2, 80)), count),
-                output_tokens=rng.integers(1, draw(st.integers(2, 60)), count),
+                prompt_tokens=rng.integers(1, draw(st.integers(2, 70)), count),
+                output_tokens=rng.integers(1, draw(st.integers(2, 70)), count),
             )
             return Trace(file="trace.csv", format="azure"), nan, WorkloadData(trace=table)
 
@@ -160,14 +160,23 @@ def plans(
     *,
     kinds: tuple[str, ...] = LOAD_KINDS,
     policies: tuple[str, ...] = get_args(Policy),
+    kv_slope: bool = True,
     token_work_of_router: bool = True,
 ) -> RunPlan:
-    """Plans of some tens of requests on 1 to 3 experts of 1 to 3 replicas."""
+    """Plans of some tens of requests on 1 to 3 experts of 1 to 3 replicas.
+
+    Args:
+        draw: given by Hypothesis.
+        kinds: of load.
+        policies: of the router.
+        kv_slope: whether some curves grow with the KV read.
+        token_work_of_router: whether some routers spend time on streamed tokens.
+    """
     seed = draw(st.integers(0, 2**32 - 1))
     classes = draw(st.integers(1, 3))
     experts = tuple(
         make_expert(
-            draw(curves()),
+            draw(curves(kv_slope=kv_slope)),
             name=f"expert-{index}",
             engine=draw(engines()),
             front_end=draw(front_ends()),
@@ -189,8 +198,8 @@ def plans(
         classes={
             f"class-{index}": ClassSpec(
                 share=draw(st.sampled_from([1.0, 3.0])),
-                prompt_tokens=draw(token_counts(80)),
-                output_tokens=draw(token_counts(60)),
+                prompt_tokens=draw(token_counts(70)),
+                output_tokens=draw(token_counts(70)),
                 shared_prefix_tokens=draw(st.sampled_from([0, 0, 5, 16, 40])),
             )
             for index in range(classes)
