@@ -199,6 +199,10 @@ class Factors:
         """CPU seconds of the API server process."""
         return self._group("front_end", FrontEnd)
 
+    def without_launches(self) -> "Factors":
+        """Return these factors with launches that take no time, so that iteration times are linear in corrections."""
+        return Factors(self._values | {"host.launch_per_layer_s": 0.0, "host.eager_launch_per_layer_s": 0.0})
+
     def _group(self, group: str, kind: type[_Group]) -> _Group:
         return kind(**{field.name: self._values[f"{group}.{field.name}"] for field in fields(kind)})
 

@@ -5,11 +5,13 @@ all-reduces; then the LM head and sampling of one row per scheduled sequence; th
 factors are in ``sim/data/roofline.json``.
 """
 
+from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 from sim.catalogue import BF16_BYTES, Gpu, ModelShape, Quantization, SamplingFilter
 from sim.cuda_graphs import capture_sizes, padded_tokens
-from sim.factors import Factors, packaged_factors
+from sim.factors import Factors, OverheadFactors, packaged_factors
 from sim.fleet import FrontEnd
 from sim.memory import kv_bytes_per_token
 from sim.service_curve import CurveSource, DecodePiece, IterationWork
@@ -18,8 +20,25 @@ _FP32_BYTES = 4
 _ALL_REDUCES_PER_LAYER = 2  # after attention and after the MLP (Megatron, arXiv 1909.08053, section 3)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Corrections:
+    """What measured engines say of the roofline's terms: factors on their time, 1 where nothing is known better.
+
+    Attributes:
+        matrix: of all matrix products, the LM head's included.
+        kv_read: of reading KV and of the attention work of prefill chunks.
+        all_reduce: of the all-reduces.
+        small_kernels: of everything else the GPU does, sampling filters apart.
+    """
+
+    matrix: float = 1.0
+    kv_read: float = 1.0
+    all_reduce: float = 1.0
+    small_kernels: float = 1.0
+
+
 class Roofline:
-    """Service curve of an uncalibrated engine; fulfils ``sim.service_curve.ServiceCurve``.
+    """Service curve of an engine by its shape; fulfils ``sim.service_curve.ServiceCurve``.
 
     Not modelled: the host's work between the graph pieces of a small mixed batch (hidden behind the GPU for models of
     7B and more).
@@ -39,7 +58,28 @@ class Roofline:
         async_scheduling: bool = True,
         sampling_filter: SamplingFilter | None = None,
         factors: Factors | None = None,
+        overhead: OverheadFactors | None = None,
+        corrections: Corrections | None = None,
+        source: CurveSource | None = None,
     ) -> None:
+        """Build the curve of one engine.
+
+        Args:
+            model: its shape.
+            quantization: of its weights.
+            gpu: each of its GPUs.
+            tensor_parallel_size: how many.
+            kv_cache_dtype: as vLLM's setting.
+            max_num_seqs: decides on CUDA graphs, likewise ``max_num_batched_tokens`` and ``enforce_eager``.
+            max_num_batched_tokens: see there.
+            enforce_eager: see there.
+            async_scheduling: whose overhead it takes.
+            sampling_filter: applied to every next token.
+            factors: kernel efficiencies; None: the packaged ones.
+            overhead: None: that of ``factors``.
+            corrections: of a calibration; None: the plain roofline.
+            source: what a calibration says of itself; None: "roofline, not calibrated".
+        """
         factors = packaged_factors() if factors is None else factors
         self._model = model
         self._quantization = quantization
@@ -52,7 +92,8 @@ class Roofline:
         self._attention = factors.attention(gpu, fp8_kv=kv_cache_dtype == "fp8")
         self._all_reduce = factors.all_reduce(gpu, tensor_parallel_size)
         self._sampling = factors.sampling
-        self._overhead = factors.overhead(async_scheduling=async_scheduling)
+        self._overhead = factors.overhead(async_scheduling=async_scheduling) if overhead is None else overhead
+        self._corrections = Corrections() if corrections is None else corrections
         self._sampling_filter = sampling_filter
         self._graph_sizes = (
             ()
@@ -63,16 +104,17 @@ class Roofline:
         launch_per_layer_s = host.eager_launch_per_layer_s if enforce_eager else host.launch_per_layer_s
         self._launch_s = launch_per_layer_s * model.layers
         kv_bytes = kv_bytes_per_token(model, tensor_parallel_size=tensor_parallel_size, kv_cache_dtype=kv_cache_dtype)
-        self._per_kv_token_s = kv_bytes / (gpu.bandwidth_bytes_per_s * self._attention.bandwidth_efficiency)
+        kv_read = self._corrections.kv_read
+        self._per_kv_token_s = kv_read * kv_bytes / (gpu.bandwidth_bytes_per_s * self._attention.bandwidth_efficiency)
         # a query-key pair is a multiply-add per head dimension for the score and one for the weighted sum
         pair_operations = 4 * model.layers * model.query_size / tensor_parallel_size
-        self._per_pair_s = pair_operations / (gpu.bf16_per_s * self._attention.rate_efficiency)
+        self._per_pair_s = kv_read * pair_operations / (gpu.bf16_per_s * self._attention.rate_efficiency)
         # by batch: filled as batches occur, so that an iteration costs two look-ups and a sum
         self._tokens_s: dict[int, float] = {}
         self._rows_s: dict[int, float] = {}
         self._pieces: dict[int, tuple[DecodePiece, DecodePiece]] = {}
         scheduling = "asynchronous" if async_scheduling else "synchronous"
-        self._source = CurveSource(
+        self._source = source or CurveSource(
             label="roofline, not calibrated", detail=f"{self._detail()}; {scheduling} scheduling"
         )
 
@@ -106,10 +148,10 @@ class Roofline:
         fixed_s = self._tokens_at(decodes) + self._rows_at(decodes)
         floor_s = self._launch_floor_s(decodes)
         host_s = self._host_s(decodes)
-        launch_bound_until = (floor_s - fixed_s) / self._per_kv_token_s
+        launch_bound_until = (floor_s - fixed_s) / self._per_kv_token_s if self._per_kv_token_s else -inf
         return (
             DecodePiece(floor_s + host_s, 0.0, launch_bound_until),
-            DecodePiece(fixed_s + host_s, self._per_kv_token_s, float("inf")),
+            DecodePiece(fixed_s + host_s, self._per_kv_token_s, inf),
         )
 
     def _launch_floor_s(self, tokens: int) -> float:
@@ -136,7 +178,8 @@ class Roofline:
             logit_bytes = rows * model.vocab_size * _FP32_BYTES
             sampling_s = self._sampling.fixed_s + self._sampling.passes * logit_bytes / self._gpu.bandwidth_bytes_per_s
             attention_s = model.layers * self._attention.per_sequence_s * rows
-            seconds = self._head_s(rows) + sampling_s + attention_s + self._filter_s(logit_bytes)
+            small_s = self._corrections.small_kernels * (sampling_s + attention_s)
+            seconds = self._head_s(rows) + small_s + self._filter_s(logit_bytes)
             self._rows_s[rows] = seconds
         return seconds
 
@@ -163,10 +206,11 @@ class Roofline:
         # two fused residual-and-norm kernels (read and write two), rotary embedding in place, gate times up
         values = 8 * model.hidden_size + 2 * qkv_out + 3 * intermediate * model.experts_active
         elementwise_bytes_per_s = self._gpu.bandwidth_bytes_per_s * self._elementwise.bandwidth_efficiency
-        seconds += self._elementwise.fixed_s + tokens * values * BF16_BYTES / elementwise_bytes_per_s
+        small_s = self._elementwise.fixed_s + tokens * values * BF16_BYTES / elementwise_bytes_per_s
         query_bytes = 2 * tokens * model.query_size / tp * BF16_BYTES
         query_bytes_per_s = self._gpu.bandwidth_bytes_per_s * self._attention.query_bandwidth_efficiency
-        seconds += self._attention.fixed_s + query_bytes / query_bytes_per_s
+        small_s += self._attention.fixed_s + query_bytes / query_bytes_per_s
+        seconds += self._corrections.small_kernels * small_s
         if tp > 1:
             seconds += _ALL_REDUCES_PER_LAYER * self._all_reduce_s(tokens * model.hidden_size * BF16_BYTES)
         return seconds
@@ -185,7 +229,7 @@ class Roofline:
         moved_bytes = inputs * outputs * self._quantization.weight_bytes * read
         moved_bytes += visits * (inputs * input_bytes + outputs * BF16_BYTES)
         rate_per_s = self._gpu.rate_per_s(self._compute) or self._gpu.bf16_per_s
-        return self._gemm.gemm_s(
+        return self._corrections.matrix * self._gemm.gemm_s(
             moved_bytes / self._gpu.bandwidth_bytes_per_s, 2 * visits * inputs * outputs / rate_per_s
         )
 
@@ -193,7 +237,7 @@ class Roofline:
         """Seconds of the LM head, which no quantization touches."""
         inputs, outputs = self._model.hidden_size, self._model.vocab_size / self._tensor_parallel_size
         moved_bytes = (inputs * outputs + rows * (inputs + outputs)) * BF16_BYTES
-        return self._head_gemm.gemm_s(
+        return self._corrections.matrix * self._head_gemm.gemm_s(
             moved_bytes / self._gpu.bandwidth_bytes_per_s, 2 * rows * inputs * outputs / self._gpu.bf16_per_s
         )
 
@@ -201,7 +245,9 @@ class Roofline:
         """Seconds of one all-reduce; a ring moves ``2 (n - 1) / n`` of the message over each link."""
         size = self._tensor_parallel_size
         moved_bytes = 2 * (size - 1) / size * message_bytes
-        return self._all_reduce.all_reduce_s(moved_bytes / self._gpu.link_bandwidth_bytes_per_s)
+        return self._corrections.all_reduce * self._all_reduce.all_reduce_s(
+            moved_bytes / self._gpu.link_bandwidth_bytes_per_s
+        )
 
     def _detail(self) -> str:
         architecture = Factors.architecture(self._gpu).capitalize()

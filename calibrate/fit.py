@@ -1,0 +1,458 @@
+"""Fit what measured engines say of the roofline: corrections of its terms, and what each engine version adds.
+
+The time of an iteration is linear in a few non-negative parameters. Four correct kernels whose times come from shapes
+and kernel measurements: matrix products, KV reads, all-reduces, small kernels. They belong to the hardware and are
+shared by all models, GPUs and engine versions, so that a model never measured on a GPU gets a prediction from its shape.
+Five more belong to an engine version: host time per iteration and per sequence, and the cost of sampling filters.
+
+A measured mean time per output token (or median gap between tokens) is the time of a decode iteration at the measured
+concurrency, plus each iteration's share of prefills. The fit minimises relative errors by non-negative least squares,
+with a prior that holds the corrections near 1 by the spread of the kernel measurements, and Huber weights that keep a
+single odd run from steering it (Huber 1964). Intervals come from refitting to resampled experiments, whole experiments
+at a time, because the stages of one share what is odd about it.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from math import ceil, floor, isnan, nan
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+
+from calibrate.measured_runs import MeasuredRun
+from calibrate.predictor import CannotPredictError, PredictedEngine
+from sim.catalogue import Gpu, ModelShape, Quantization, UnknownNameError, find_gpu, find_model, find_quantization
+from sim.factors import Factors, OverheadFactors, packaged_factors
+from sim.fleet import FrontEnd
+from sim.memory import engine_defaults
+from sim.roofline import Corrections, Roofline, default_front_end
+from sim.service_curve import CurveSource, IterationWork
+from sim.streams import stream
+
+CORRECTIONS = tuple(field.name for field in fields(Corrections))
+OVERHEADS = tuple(field.name for field in fields(OverheadFactors))
+
+PRIOR_SPREAD = {"matrix": 0.05, "kv_read": 0.1, "all_reduce": 0.3, "small_kernels": 0.3}
+"""How far a correction may plausibly lie from 1: about the median errors of the kernel fits in sim/data/roofline.json
+(matrix products and attention 4 to 11 %, all-reduces 1 to 16 % and fused or overlapped in some engines; small kernels
+were measured on other GPUs)."""
+NOISE = 0.03
+"""Relative error of one measured stage: repeated experiments with one model differ by 1 to 3 %."""
+HUBER = 1.5
+"""Residuals, in units of NOISE, beyond which a stage counts less (Huber 1964)."""
+RESAMPLES = 200
+CONFIDENCE = 0.9
+
+DISTINCT_PROMPTS = 100
+"""The load generator of the open-loop runs sent this many prompts over and over, so later ones hit the prefix cache."""
+BLOCK_TOKENS = 16
+CHAT_PROMPT_TOKENS = 200  # of the saturated runs, whose prompts are not in the data: an assumption
+
+GPU_NAMES = {
+    "H100-SXM-80GB": "H100-SXM",
+    "H100-80GB (inferred)": "H100-SXM",
+    "H200-SXM-141GB": "H200",
+    "A100-SXM-80GB": "A100-80GB",
+    "B200-180GB": "B200",
+    "L40S-48GB": "L40S",
+    "RTX4090-24GB": "RTX-4090",
+}
+"""Names of GPUs in tables of measured runs -> in the catalogue, where they differ."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineGroup:
+    """Engine versions that are taken to add the same to their kernels."""
+
+    name: str
+    async_scheduling: bool
+
+
+ASYNCHRONOUS = EngineGroup("vLLM 0.14 and later, asynchronous scheduling", True)
+SYNCHRONOUS = EngineGroup("vLLM before 0.14 or of unknown version, synchronous scheduling", False)
+GROUPS = (ASYNCHRONOUS, SYNCHRONOUS)
+
+
+def group_of(run: MeasuredRun) -> EngineGroup:
+    """Return the group of a run's engine; asynchronous scheduling is vLLM's default since 0.14.0."""
+    version = run.engine_version.split(" ")[0].split(".")
+    known = len(version) >= 2 and version[0].isdecimal() and version[1].isdecimal()
+    return ASYNCHRONOUS if known and (int(version[0]), int(version[1])) >= (0, 14) else SYNCHRONOUS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """A measured iteration time and what each parameter contributes to it.
+
+    Attributes:
+        terms: shape (parameters,); their product with the parameters is the predicted time in seconds.
+        decodes: mean number of requests decoding.
+        kv_tokens: mean KV read per iteration.
+    """
+
+    run: MeasuredRun
+    group: EngineGroup
+    measured_s: float
+    terms: NDArray[np.float64]
+    decodes: float
+    kv_tokens: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A fitted parameter and its 90 % interval over resampled experiments."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """A fit: fulfils ``calibrate.predictor.Predictor``.
+
+    Attributes:
+        corrections: by name of CORRECTIONS.
+        overheads: by engine group, then by name of OVERHEADS.
+        delays_s: front-end delay of a request by engine group; NaN where no TTFT was measured.
+        observations: what it was fitted to.
+        experiments: their experiments.
+        left_out: reason -> how many runs of the table could not be used for fitting.
+        errors: relative errors of the fit on its own observations, shape (observations,).
+    """
+
+    corrections: dict[str, Estimate]
+    overheads: dict[EngineGroup, dict[str, Estimate]]
+    delays_s: dict[EngineGroup, float]
+    observations: tuple[Observation, ...]
+    experiments: tuple[str, ...]
+    left_out: dict[str, int]
+    errors: NDArray[np.float64]
+
+    def engine_of(self, run: MeasuredRun) -> PredictedEngine:
+        """Return the engine of a run by its shape.
+
+        Raises:
+            CannotPredictError: its model, GPU or quantization is not in the catalogue, or its group was not measured.
+        """
+        group = group_of(run)
+        label = f"fit without {run.exp}" if run.exp not in self.experiments else "fit, this experiment in it"
+        curve = build_curve(run, group, self.point_corrections(), self.point_overhead(group), label=label)
+        return PredictedEngine(
+            curve=curve, front_end=self.front_end(group), async_scheduling=group.async_scheduling, label=label
+        )
+
+    def point_corrections(self) -> Corrections:
+        """Return the corrections without their intervals."""
+        return Corrections(**{name: estimate.value for name, estimate in self.corrections.items()})
+
+    def point_overhead(self, group: EngineGroup) -> OverheadFactors:
+        """Return a group's overheads without their intervals.
+
+        Raises:
+            CannotPredictError: no run of the group was in the fit.
+        """
+        if group not in self.overheads:
+            known = ", ".join(known.name for known in self.overheads)
+            raise CannotPredictError(f"no run of {group.name} was measured; known are: {known}")
+        return OverheadFactors(**{name: estimate.value for name, estimate in self.overheads[group].items()})
+
+    def front_end(self, group: EngineGroup) -> FrontEnd:
+        """Return a group's front end: the packaged one with the group's delay where that was measured."""
+        costs = asdict(default_front_end())
+        if not isnan(self.delays_s.get(group, nan)):
+            costs["delay_s"] = self.delays_s[group]
+        return FrontEnd(**costs)
+
+
+def fit(runs: Iterable[MeasuredRun], *, without: Collection[str] = (), resamples: int = RESAMPLES) -> Calibration:
+    """Fit the parameters to measured runs.
+
+    Args:
+        runs: any; flagged ones, mixtures of experts and ones the model of a steady iteration does not fit are left out
+            and counted.
+        without: experiments to leave out, to be predicted by a fit that has not seen them.
+        resamples: refits for the intervals; 0: every interval is its value.
+
+    Raises:
+        ValueError: no run is left to fit to.
+    """
+    observations: list[Observation] = []
+    left_out: dict[str, int] = {}
+    for run in runs:
+        if run.exp in without:
+            continue
+        found = observe(run)
+        if isinstance(found, str):
+            left_out[found] = left_out.get(found, 0) + 1
+        else:
+            observations.append(found)
+    if not observations:
+        raise ValueError(f"no measured run is left to fit to; left out: {left_out}")
+    design = np.array([seen.terms for seen in observations])
+    measured_s = np.array([seen.measured_s for seen in observations])
+    value = solve(design, measured_s)
+    experiments = sorted({seen.run.exp for seen in observations})
+    rows_of = [np.flatnonzero([seen.run.exp == name for seen in observations]) for name in experiments]
+    resampled = [value]
+    for number in range(resamples):
+        drawn = stream(0, "experiments", number).integers(len(experiments), size=len(experiments))
+        rows = np.concatenate([rows_of[index] for index in drawn])
+        resampled.append(solve(design[rows], measured_s[rows]))
+    low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+    estimates = [
+        Estimate(value=float(v), low=float(min(lo, v)), high=float(max(hi, v)))
+        for v, lo, hi in zip(value, low, high, strict=True)
+    ]
+    seen_groups = [group for group in GROUPS if any(seen.group is group for seen in observations)]
+    overheads = {group: dict(zip(OVERHEADS, estimates[_overhead_columns(group)], strict=True)) for group in seen_groups}
+    calibration = Calibration(
+        corrections=dict(zip(CORRECTIONS, estimates[: len(CORRECTIONS)], strict=True)),
+        overheads=overheads,
+        delays_s={},
+        observations=tuple(observations),
+        experiments=tuple(experiments),
+        left_out=left_out,
+        errors=design @ value / measured_s - 1,
+    )
+    for group in seen_groups:
+        calibration.delays_s[group] = _front_end_delay_s(calibration, group)
+    return calibration
+
+
+def solve(design: NDArray[np.float64], measured_s: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the non-negative parameters of least Huber loss of relative errors, under the prior on the corrections.
+
+    Args:
+        design: shape (observations, parameters), seconds per unit of each parameter.
+        measured_s: shape (observations,).
+    """
+    parameters = design.shape[1]
+    prior_rows = np.zeros((len(CORRECTIONS), parameters))
+    for row, name in enumerate(CORRECTIONS):
+        prior_rows[row, row] = 1 / PRIOR_SPREAD[name]
+    prior_values = prior_rows.sum(axis=1)  # all corrections at 1
+    relative = design / measured_s[:, None] / NOISE
+    # Columns differ by many powers of ten (a share, seconds, passes); alike, nnls stays accurate.
+    scale = np.maximum(np.abs(np.vstack([relative, prior_rows])).max(axis=0), 1e-300)
+    weight = np.ones(len(measured_s))
+    value = np.zeros(parameters)
+    for _ in range(50):
+        matrix = np.vstack([relative * weight[:, None], prior_rows]) / scale
+        new, _ = nnls(matrix, np.concatenate([weight / NOISE, prior_values]))
+        new = new / scale
+        if np.allclose(new, value, rtol=1e-9, atol=0):
+            break
+        value = new
+        residual = np.abs(relative @ value - 1 / NOISE)
+        weight = np.sqrt(np.minimum(1.0, HUBER / np.maximum(residual, HUBER)))
+    return value
+
+
+# -------------------------------------------------------------------------------------------------- observations
+
+
+def observe(run: MeasuredRun) -> Observation | str:
+    """Return what a run says of iteration times, or why it says nothing usable."""
+    if run.flag:
+        return "flagged"
+    if run.arch != "dense":
+        return "a mixture of experts"
+    if run.load_type == "open_loop" and not isnan(run.tpot_mean_s):
+        measured_s = run.tpot_mean_s
+        # Little's law; an arriving request finds the others and adds itself (arrival theorem).
+        decodes = run.rate_rps * measured_s * (run.output_tokens_mean - 1) + 1
+        prompt_tokens = run.prompt_tokens_mean
+        prefills_per_iteration = run.rate_rps * measured_s
+    elif run.load_type == "saturated_closed_loop" and not isnan(run.itl_p50_s):
+        measured_s = run.itl_p50_s
+        decodes = run.concurrency_mean
+        if run.max_num_seqs is not None and not decodes <= run.max_num_seqs:
+            decodes = float(run.max_num_seqs)
+        if decodes > run.output_tokens_mean / 2:
+            return "half its iterations carry a prefill, which its median gap between tokens then holds"
+        prompt_tokens = CHAT_PROMPT_TOKENS
+        prefills_per_iteration = 0.0
+    else:
+        return "no mean time per output token in an open loop, and no median gap in a saturated one"
+    if "gpqa" in run.workload:
+        return "prompts of unknown length with long outputs"
+    if run.engine_version and group_of(run) is SYNCHRONOUS and run.load_type == "open_loop":
+        return "an open loop on an engine before 0.14, too few and too short to fit"
+    context_tokens = prompt_tokens + run.output_tokens_mean / 2
+    group = group_of(run)
+    try:
+        if not Factors.is_measured(shape_of(run)[2]):
+            return "a GPU whose kernels were not measured, so that its terms would stand for another's"
+        contributions = _terms(run, group, decodes, context_tokens, prompt_tokens, prefills_per_iteration)
+    except CannotPredictError as error:
+        return str(error)
+    return Observation(
+        run=run,
+        group=group,
+        measured_s=measured_s,
+        terms=contributions,
+        decodes=decodes,
+        kv_tokens=decodes * context_tokens,
+    )
+
+
+def _overhead_columns(group: EngineGroup) -> slice:
+    first = len(CORRECTIONS) + GROUPS.index(group) * len(OVERHEADS)
+    return slice(first, first + len(OVERHEADS))
+
+
+def _terms(
+    run: MeasuredRun,
+    group: EngineGroup,
+    decodes: float,
+    context_tokens: float,
+    prompt_tokens: float,
+    prefills_per_iteration: float,
+) -> NDArray[np.float64]:
+    """Return seconds per unit of each parameter: the roofline with that parameter at 1 and all others at 0."""
+    linear = packaged_factors().without_launches()
+
+    def seconds_of(parameter: str) -> float:
+        corrections = Corrections(**{name: float(name == parameter) for name in CORRECTIONS})
+        overhead = OverheadFactors(**{name: float(name == parameter) for name in OVERHEADS})
+        curve = build_curve(run, group, corrections, overhead, factors=linear)
+        return _steady_iteration_s(curve, run, decodes, context_tokens, prompt_tokens, prefills_per_iteration)
+
+    terms = np.zeros(len(CORRECTIONS) + len(GROUPS) * len(OVERHEADS))
+    terms[: len(CORRECTIONS)] = [seconds_of(name) for name in CORRECTIONS]
+    terms[_overhead_columns(group)] = [seconds_of(name) for name in OVERHEADS]
+    return terms
+
+
+def _steady_iteration_s(
+    curve: Roofline,
+    run: MeasuredRun,
+    decodes: float,
+    context_tokens: float,
+    prompt_tokens: float,
+    prefills_per_iteration: float,
+) -> float:
+    """Return the mean time of an iteration at a steady load: its decodes, and its share of prefills."""
+
+    def at(batch: int) -> float:
+        kv_tokens = round(batch * context_tokens)
+        decode_s = curve.iteration_s(IterationWork(0, 0, 0.0, 0, batch, kv_tokens))
+        if not prefills_per_iteration:
+            return decode_s
+        tail = _tail_tokens()
+        warm_s = curve.iteration_s(_with_chunk(tail, prompt_tokens, batch, kv_tokens)) - decode_s
+        cold_s = curve.iteration_s(_with_chunk(prompt_tokens, prompt_tokens, batch, kv_tokens)) - decode_s
+        cold = cold_share(run)
+        return decode_s + prefills_per_iteration * ((1 - cold) * warm_s + cold * cold_s)
+
+    low, high = max(1, floor(decodes)), max(1, ceil(decodes))
+    return at(low) if low == high else at(low) * (high - decodes) + at(high) * (decodes - low)
+
+
+def _with_chunk(new_tokens: float, prompt_tokens: float, decodes: int, kv_tokens: int) -> IterationWork:
+    new, prompt = max(1, round(new_tokens)), round(prompt_tokens)
+    pairs = new * (prompt - new) + new * (new + 1) / 2
+    return IterationWork(new, 1, pairs, prompt, decodes, kv_tokens)
+
+
+def _tail_tokens() -> float:
+    """Return the mean number of prompt tokens after the last whole cached block: 1 to a block, evenly."""
+    return (1 + BLOCK_TOKENS) / 2
+
+
+def cold_share(run: MeasuredRun) -> float:
+    """Return the share of an open-loop run's prompts that found no prefix in the cache."""
+    if not run.prefix_caching:
+        return 1.0
+    if run.stage > 0:
+        return 0.0
+    return min(1.0, DISTINCT_PROMPTS / run.n_requests) if run.n_requests else 0.0
+
+
+def _front_end_delay_s(calibration: Calibration, group: EngineGroup) -> float:
+    """Return what the mean TTFT of a group's runs holds beyond iterations and the front end's work (median over runs).
+
+    With asynchronous scheduling the next iteration is already scheduled when a request arrives: it waits for half of
+    the one in flight on average and all of the next, then takes its own; synchronously it does not wait for the next.
+    """
+    costs = default_front_end()
+    delays_s = []
+    for seen in calibration.observations:
+        run = seen.run
+        if seen.group is not group or isnan(run.ttft_mean_s):
+            continue
+        curve = build_curve(run, group, calibration.point_corrections(), calibration.point_overhead(group))
+        batch, kv_tokens = max(1, round(seen.decodes)), round(seen.kv_tokens)
+        cold = cold_share(run)
+        own_s = (1 - cold) * curve.iteration_s(_with_chunk(_tail_tokens(), run.prompt_tokens_mean, batch, kv_tokens))
+        own_s += cold * curve.iteration_s(_with_chunk(run.prompt_tokens_mean, run.prompt_tokens_mean, batch, kv_tokens))
+        waits = 1.5 if group.async_scheduling else 0.5
+        front_end_s = costs.per_request_s + costs.per_prompt_token_s * run.prompt_tokens_mean
+        front_end_s += costs.per_output_token_s * seen.decodes  # the tokens of its iteration
+        delays_s.append(run.ttft_mean_s - waits * seen.measured_s - own_s - front_end_s)
+    return max(0.0, float(np.median(delays_s))) if delays_s else nan
+
+
+# --------------------------------------------------------------------------------------------------------- curves
+
+
+def shape_of(run: MeasuredRun) -> tuple[ModelShape, Quantization, Gpu]:
+    """Return model, quantization and GPU of a run from the catalogue.
+
+    Raises:
+        CannotPredictError: one of them is not in it.
+    """
+    quantization = {"none": "bf16", "": "bf16", "fp8-dynamic": "fp8"}.get(run.quantization, run.quantization)
+    try:
+        return find_model(run.model), find_quantization(quantization), find_gpu(GPU_NAMES.get(run.gpu, run.gpu))
+    except UnknownNameError as error:
+        raise CannotPredictError(str(error)) from error
+
+
+def build_curve(
+    run: MeasuredRun,
+    group: EngineGroup,
+    corrections: Corrections,
+    overhead: OverheadFactors,
+    *,
+    label: str = "fit",
+    factors: Factors | None = None,
+) -> Roofline:
+    """Return the curve of a run's engine; ``factors`` as ``Roofline`` takes them.
+
+    Raises:
+        CannotPredictError: see ``shape_of``.
+    """
+    model, quantization, gpu = shape_of(run)
+    tokens, seqs = engine_defaults(gpu)
+    return Roofline(
+        model,
+        quantization,
+        gpu,
+        tensor_parallel_size=run.tp,
+        max_num_seqs=run.max_num_seqs or seqs,
+        max_num_batched_tokens=run.max_num_batched_tokens or tokens,
+        async_scheduling=group.async_scheduling,
+        sampling_filter=model.default_sampling,
+        factors=factors,
+        overhead=overhead,
+        corrections=corrections,
+        source=CurveSource(label=label, detail=label),
+    )
+
+
+def leave_one_out(
+    runs: Sequence[MeasuredRun], experiments: Iterable[str] | None = None
+) -> Callable[[str], Calibration]:
+    """Return a function from an experiment to the fit to all others; point estimates only, remembered."""
+    del experiments
+    known: dict[str, Calibration] = {}
+
+    def without(experiment: str) -> Calibration:
+        if experiment not in known:
+            known[experiment] = fit(runs, without=(experiment,), resamples=0)
+        return known[experiment]
+
+    return without
