@@ -2,7 +2,7 @@
 
 The time of an iteration is linear in a few non-negative parameters. Four correct kernels whose times come from shapes
 and kernel measurements: matrix products, KV reads, all-reduces, small kernels. They belong to the hardware and are
-shared by all models, GPUs and engine versions, so that a model never measured on a GPU gets a prediction from its shape.
+shared by all models, GPUs and engine versions: a model never measured on a GPU gets a prediction from its shape.
 Five more belong to an engine version: host time per iteration and per sequence, and the cost of sampling filters.
 
 A measured mean time per output token (or median gap between tokens) is the time of a decode iteration at the measured
@@ -157,6 +157,14 @@ class Calibration:
             known = ", ".join(known.name for known in self.overheads)
             raise CannotPredictError(f"no run of {group.name} was measured; known are: {known}")
         return OverheadFactors(**{name: estimate.value for name, estimate in self.overheads[group].items()})
+
+    def parameters(self) -> NDArray[np.float64]:
+        """Return all values in the order of ``Observation.terms``; 0 for a group that was not measured."""
+        values = np.zeros(len(CORRECTIONS) + len(GROUPS) * len(OVERHEADS))
+        values[: len(CORRECTIONS)] = [estimate.value for estimate in self.corrections.values()]
+        for group, overhead in self.overheads.items():
+            values[_overhead_columns(group)] = [estimate.value for estimate in overhead.values()]
+        return values
 
     def front_end(self, group: EngineGroup) -> FrontEnd:
         """Return a group's front end: the packaged one with the group's delay where that was measured."""
@@ -443,11 +451,8 @@ def build_curve(
     )
 
 
-def leave_one_out(
-    runs: Sequence[MeasuredRun], experiments: Iterable[str] | None = None
-) -> Callable[[str], Calibration]:
+def leave_one_out(runs: Sequence[MeasuredRun]) -> Callable[[str], Calibration]:
     """Return a function from an experiment to the fit to all others; point estimates only, remembered."""
-    del experiments
     known: dict[str, Calibration] = {}
 
     def without(experiment: str) -> Calibration:
@@ -456,3 +461,18 @@ def leave_one_out(
         return known[experiment]
 
     return without
+
+
+def held_out_errors(runs: Sequence[MeasuredRun], group: EngineGroup) -> list[tuple[Observation, float]]:
+    """Return each observation of a group with the relative error of the fit that left its experiment out."""
+    without = leave_one_out(runs)
+    errors = []
+    for run in runs:
+        seen = observe(run)
+        if isinstance(seen, str) or seen.group is not group:
+            continue
+        calibration = without(run.exp)
+        if group not in calibration.overheads:
+            continue
+        errors.append((seen, float(seen.terms @ calibration.parameters() / seen.measured_s - 1)))
+    return errors

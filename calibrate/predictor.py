@@ -1,4 +1,4 @@
-"""What a calibration offers to those who predict with it: an engine's service curve, its front end, and their source."""
+"""What a calibration offers to those who predict with it: an engine's service curve, its front end, their source."""
 
 from dataclasses import dataclass
 from typing import Protocol

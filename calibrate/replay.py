@@ -130,7 +130,7 @@ def _figures(record: RunRecord, load: ReplayLoad) -> dict[str, float]:
     done = {name: column[counted] for name, column in record.requests.items()}
     spreads = {name: distribution(of(done)) for name, of in (("ttft", ttft_s), ("tpot", tpot_s), ("e2e", e2el_s))}
     spreads["itl"] = weighted_distribution(record.gaps.gap_s, record.gaps.weight)
-    figures = {}
+    figures: dict[str, float] = {}
     for name, spread in spreads.items():
         figures |= {f"{name}_mean": spread.mean, f"{name}_p50": spread.median}
         figures |= {f"{name}_p90": spread.p90, f"{name}_p99": spread.p99}

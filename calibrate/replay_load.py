@@ -16,7 +16,7 @@ from sim.streams import stream
 from sim.traffic import TraceTable, WorkloadData
 
 PROMPT_STD_TOKENS = 8.0
-"""Of prompt lengths where a row gives only their mean: what runs of the same load generator with recorded lengths have."""
+"""Of prompt lengths where a row gives only their mean: what runs with recorded lengths by that load generator have."""
 
 WARM_UP_GAP_S = 1.0  # between the prompts that fill the prefix cache before a later stage; each is answered alone
 WARM_UP_OUTPUT_TOKENS = 2
@@ -27,8 +27,8 @@ REASONING_LENGTHS = 250.0, 0.5, 0.3
 """Mean prompt tokens, and coefficients of variation of prompt and output lengths, where a saturated run gives only the
 mean output. Engines whose batch stays below its limit because KV memory is full tell how many tokens a request holds on
 average, which is prompt + output / 2 * (1 + cv^2): about 790, 860, 820 and 610 tokens at mean outputs of 645, 627, 627
-and 397 in four chat runs, and 4,570 at 8,052 in a run of exam questions (workload ``gpqa``). That gives the spread of the
-outputs once the mean prompt is set to 250, a length typical of chat and not in the data."""
+and 397 in four chat runs, and 4,570 at 8,052 in a run of exam questions (workload ``gpqa``). That gives the spread of
+the outputs once the mean prompt is set to 250, a length typical of chat and not in the data."""
 
 _DISTINCT_PROMPTS = re.compile(r"(\d+) distinct prompts")
 

@@ -7,6 +7,7 @@ import click
 
 COMMANDS = {
     "simulate": ("sim.simulate_command", "predict fleets from 1 to thousands of users"),
+    "calibrate": ("calibrate.calibrate_command", "compare predictions with measured runs"),
     "schema": ("sim.schema_command", "print the JSON Schema of fleet files, for editors"),
 }
 

@@ -63,6 +63,7 @@ def _check_profile(expert: ExpertSpec, at: Path, mistakes: Mistakes) -> None:
         ("tensor_parallel_size", made_for.tensor_parallel_size, expert.tensor_parallel_size),
         ("kv_cache_dtype", made_for.engine.kv_cache_dtype, expert.engine.kv_cache_dtype),
         ("enforce_eager", made_for.engine.enforce_eager, expert.engine.enforce_eager),
+        ("async_scheduling", made_for.engine.async_scheduling, expert.engine.async_scheduling),
     ]
     for field, measured, stated in pairs:
         if measured != stated:

@@ -26,7 +26,7 @@ class ExpertIdentity(Spec):
 
 
 class Parameter(Spec):
-    """A fitted value in seconds and its 90 % interval."""
+    """A fitted value and its 90 % interval."""
 
     value: Seconds
     low: Seconds
@@ -39,9 +39,10 @@ class Parameter(Spec):
         return self
 
 
-class CurveParameters(Spec):
+class TermParameters(Spec):
     """Terms of one iteration, each in seconds and none negative, so that time grows with every part of the work."""
 
+    kind: Literal["terms"] = "terms"
     per_iteration: Annotated[Parameter, Field(description="constant: host and launches")]
     weights: Annotated[Parameter, Field(description="floor of the matrix work: reading the weights once")]
     per_token: Annotated[Parameter, Field(description="matrix work per token, prefill and padded decode alike")]
@@ -51,10 +52,33 @@ class CurveParameters(Spec):
     per_kv_token: Annotated[Parameter, Field(description="reading one token's KV")]
 
 
-class Residuals(Spec):
-    """How well the fit meets the measurements it was made from: errors are (predicted - measured) / measured."""
+class RooflineParameters(Spec):
+    """Corrections of the roofline's terms (1: as derived) and what the engine adds.
 
-    iterations: PositiveInt
+    They are the fields of ``sim.roofline.Corrections`` and ``sim.factors.OverheadFactors``.
+    """
+
+    kind: Literal["roofline"] = "roofline"
+    matrix: Parameter
+    kv_read: Parameter
+    all_reduce: Parameter
+    small_kernels: Parameter
+    per_iteration_s: Parameter
+    per_sequence_s: Parameter
+    filter_fixed_s: Parameter
+    top_p_passes: Parameter
+    top_k_passes: Parameter
+
+
+class Residuals(Spec):
+    """How far predictions were from measurements: errors are (predicted - measured) / measured.
+
+    Of iterations the fit was made from, or of load stages that the fit had not seen (``held_out``).
+    """
+
+    measurements: PositiveInt
+    what: Literal["iterations", "load stages"]
+    held_out: bool
     mean_error: Annotated[float, Field(allow_inf_nan=False)]
     median_absolute_error: Annotated[float, Field(ge=0)]
     p90_absolute_error: Annotated[float, Field(ge=0)]
@@ -83,7 +107,7 @@ class Profile(Spec):
     format_version: Literal[1] = 1
     name: Annotated[str, Field(min_length=1)]
     expert: ExpertIdentity
-    parameters: CurveParameters
+    parameters: Annotated[TermParameters | RooflineParameters, Field(discriminator="kind")]
     residuals: Residuals
     range: FittedRange
     cuda_graph_sizes: list[PositiveInt] = Field(
@@ -103,8 +127,25 @@ class Profile(Spec):
         return self
 
 
+def source_of(profile: Profile) -> CurveSource:
+    """Return what a profile says of itself: name, worth and range."""
+    worth = profile.residuals
+    how = "predicted without having seen" if worth.held_out else "fitted on"
+    return CurveSource(
+        label=profile.name,
+        detail=(
+            f"{how} {worth.measurements} {worth.what} of {profile.expert.engine_version} on {profile.expert.gpu}, "
+            f"median error {worth.median_absolute_error:.1%}, 90 % within {worth.p90_absolute_error:.1%}; "
+            f"{profile.provenance}"
+        ),
+        max_decodes=profile.range.max_decodes,
+        max_decode_kv_tokens=profile.range.max_decode_kv_tokens,
+        max_prefill_tokens=profile.range.max_prefill_tokens,
+    )
+
+
 class ProfileCurve:
-    """Service curve of a profile; fulfils ``sim.service_curve.ServiceCurve``.
+    """Service curve of a profile of terms; fulfils ``sim.service_curve.ServiceCurve``.
 
     One iteration takes ``per_iteration + max(weights, per_token * tokens) + per_attention_pair * pairs
     + per_prefill_chunk * chunks + per_decode * decodes + per_kv_token * KV tokens``, where ``tokens`` is prefill and
@@ -112,7 +153,14 @@ class ProfileCurve:
     """
 
     def __init__(self, profile: Profile) -> None:
+        """Take the terms of a profile.
+
+        Raises:
+            TypeError: its parameters are not terms.
+        """
         terms = profile.parameters
+        if not isinstance(terms, TermParameters):
+            raise TypeError(f"profile {profile.name} has parameters of kind {terms.kind}, expected terms")
         self._sizes = profile.cuda_graph_sizes
         self._per_iteration_s = terms.per_iteration.value
         self._weights_s = terms.weights.value
@@ -122,18 +170,7 @@ class ProfileCurve:
         self._per_decode_s = terms.per_decode.value
         self._per_kv_token_s = terms.per_kv_token.value
         self._matrix_s_by_tokens: dict[int, float] = {}
-        worth = profile.residuals
-        self._source = CurveSource(
-            label=profile.name,
-            detail=(
-                f"fitted on {worth.iterations} iterations of {profile.expert.engine_version} on {profile.expert.gpu}, "
-                f"median error {worth.median_absolute_error:.1%}, 90 % within {worth.p90_absolute_error:.1%}; "
-                f"{profile.provenance}"
-            ),
-            max_decodes=profile.range.max_decodes,
-            max_decode_kv_tokens=profile.range.max_decode_kv_tokens,
-            max_prefill_tokens=profile.range.max_prefill_tokens,
-        )
+        self._source = source_of(profile)
 
     @property
     def source(self) -> CurveSource:

@@ -120,6 +120,7 @@ class Replica:
         self._kv_blocks = 0  # in use at its start
         self._preempted = 0  # before it
         self._front_end_delay_s = 0.0
+        self._delivered_s = 0.0  # when the tokens delivered last left the router
         self._delay_s = 0.0  # of the tokens delivered last, from the end of their iteration until they leave the router
 
     # -------------------------------------------------------------------------------------------- a request in
@@ -148,6 +149,10 @@ class Replica:
             self._length = length
             self._end_s = self._end_of(length)
             self._wake_at(self._end_s, self._on_run_end)
+            if self._router is not None:  # let the router get the tokens of the shorter run, no more and no fewer
+                now_s = self.env.now
+                left = self._tokens * length - self._token_rate * (now_s - self._start_s)
+                self._change_token_rate(now_s, left / (self._end_s - now_s))
 
     def _wake_at(self, time_s: float, callback: Callable[[Event], None]) -> None:
         now_s = self.env.now
@@ -212,7 +217,10 @@ class Replica:
             self._hand_tokens_to_front_end(length)
         delay_s = self._front_end_delay_s + self._network_s
         if self._router is not None:
-            delay_s += self._router.token_delay_s(end_s, self._tokens)
+            delay_s += self._router.token_delay_s(end_s, delay_s, self._tokens)
+            # The router's backlog is foreseen, so it can come out too small: tokens never overtake earlier ones.
+            delay_s = max(delay_s, self._delivered_s - end_s)
+        self._delivered_s = end_s + delay_s
         run = self._runs
         chunks = batch.chunks
         for request, _ in chunks:
@@ -357,8 +365,8 @@ class Replica:
                 end_s = self._end_of(length)
         self._length = length
         self._end_s = end_s
-        if self._router is not None and self._tokens:
-            self._change_token_rate(now_s, self._tokens * length / (end_s - now_s))
+        if self._router is not None:
+            self._change_token_rate(now_s, self._tokens * length / (end_s - now_s) if self._tokens else 0.0)
         if decodes > self.largest_decodes:
             self.largest_decodes = decodes
         if batch.decode_kv_tokens > self.largest_kv_tokens:

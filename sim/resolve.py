@@ -5,21 +5,27 @@ cannot work.
 """
 
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from sim.catalogue import find_gpu, find_model, find_quantization
+from sim.factors import OverheadFactors
 from sim.fleet import EngineSettings, Expert, Fleet, FrontEnd
 from sim.fleet_file import is_profile_file
 from sim.memory import MemoryBudget, engine_defaults, memory_budget
 from sim.mistakes import did_you_mean
-from sim.profile import Profile, ProfileCurve, ProfileError, load_profile
-from sim.roofline import Roofline, default_front_end
+from sim.profile import Profile, ProfileCurve, ProfileError, TermParameters, load_profile, source_of
+from sim.roofline import Corrections, Roofline, default_front_end
 from sim.service_curve import ServiceCurve
 from sim.spec import ExpertSpec, FleetFile, FleetSpec, FrontEndSpec
 
 _roofline = cache(Roofline)  # alike experts share one, with what it has worked out
+
+PACKAGED_ENGINE = "vllm-0.15"
+"""Engine version of the packaged profiles."""
 
 DEFAULT_MAX_MODEL_LEN = 8192
 """Longest request in tokens unless the file says otherwise or the model takes less. vLLM's own default is the model's
@@ -75,7 +81,7 @@ def resolve_expert(name: str, spec: ExpertSpec) -> Expert:
     gpus = spec.tensor_parallel_size * spec.replicas
     profile = profile_of(spec)
     curve: ServiceCurve
-    if profile is not None:
+    if profile is not None and isinstance(profile.parameters, TermParameters):
         curve = ProfileCurve(profile)
     else:
         curve = _roofline(
@@ -89,6 +95,7 @@ def resolve_expert(name: str, spec: ExpertSpec) -> Expert:
             enforce_eager=spec.engine.enforce_eager,
             async_scheduling=spec.engine.async_scheduling,
             sampling_filter=model.default_sampling if spec.engine.generation_config == "auto" else None,
+            **({} if profile is None else _calibrated(profile)),
         )
     return Expert(
         name=name,
@@ -116,10 +123,33 @@ def profile_of(spec: ExpertSpec) -> Profile | None:
     if is_profile_file(spec.profile):
         return load_profile(Path(spec.profile))
     packaged = packaged_profiles()
-    if spec.profile not in packaged:
-        raise ProfileError(f"unknown profile {spec.profile!r}{did_you_mean(spec.profile, packaged)}")
-    with resources.as_file(resources.files("sim") / "data" / "profiles" / f"{spec.profile}.json") as path:
+    name = spec.profile
+    if name == "packaged":
+        shape = find_model(spec.model).name, find_quantization(spec.quantization).name, find_gpu(spec.gpu).name
+        name = profile_name(*shape, spec.tensor_parallel_size, PACKAGED_ENGINE)
+        if name not in packaged:
+            raise ProfileError(
+                f"no packaged profile {name}{did_you_mean(name, packaged)}; leave it out for the roofline"
+            )
+    if name not in packaged:
+        raise ProfileError(f"unknown profile {name!r}{did_you_mean(name, packaged)}")
+    with resources.as_file(resources.files("sim") / "data" / "profiles" / f"{name}.json") as path:
         return load_profile(path)
+
+
+def _calibrated(profile: Profile) -> dict[str, Any]:
+    """What a profile of roofline parameters changes in a ``Roofline``."""
+    values = {name: given["value"] for name, given in profile.parameters.model_dump(exclude={"kind"}).items()}
+    return {
+        "corrections": Corrections(**{field.name: values[field.name] for field in fields(Corrections)}),
+        "overhead": OverheadFactors(**{field.name: values[field.name] for field in fields(OverheadFactors)}),
+        "source": source_of(profile),
+    }
+
+
+def profile_name(model: str, quantization: str, gpu: str, tensor_parallel_size: int, engine: str) -> str:
+    """Return the name of the packaged profile of an expert, all by their catalogue names, if there is one."""
+    return f"{model}-{quantization}-{gpu.lower()}-tp{tensor_parallel_size}-{engine}"
 
 
 def packaged_profiles() -> list[str]:

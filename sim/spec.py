@@ -143,7 +143,9 @@ class ExpertSpec(Spec):
     replicas: PositiveInt = 1
     engine: EngineSpec = EngineSpec()
     front_end: FrontEndSpec = FrontEndSpec()
-    profile: str | None = Field(None, description="a profile file or the name of a packaged one; none: the roofline")
+    profile: str | None = Field(
+        None, description="a profile file, a packaged one's name, or packaged: this expert's; none: the roofline"
+    )
 
 
 Policy = Literal["class", "class_with_spill_over", "random", "round_robin", "least_outstanding", "power_of_two_choices"]

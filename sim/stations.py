@@ -134,9 +134,12 @@ class RouterStation:
         self._settle(now_s)
         self._token_load += change_tokens_per_s * self._per_token_s / self._workers
 
-    def token_delay_s(self, now_s: float, burst_tokens: int) -> float:
-        """Mean delay of the tokens of one engine iteration, which arrive together."""
-        clock_s = self._settle(now_s)
+    def token_delay_s(self, now_s: float, lead_s: float, burst_tokens: int) -> float:
+        """Mean delay of the tokens of one engine iteration, which arrive together ``lead_s`` from now.
+
+        What is known now tells the backlog they will find: it shrinks at the pace of now until they arrive.
+        """
+        clock_s = self._settle(now_s) + lead_s * (1 - self._token_load)
         workers = self._workers
         delay_s = self._per_token_s * (1 + (burst_tokens - 1) / (2 * workers))
         for mark_s in self._marks_s:

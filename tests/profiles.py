@@ -1,6 +1,6 @@
 """A made-up profile for tests that need one for a certain expert."""
 
-from sim.profile import CurveParameters, ExpertIdentity, FittedRange, FrontEndCosts, Parameter, Profile, Residuals
+from sim.profile import ExpertIdentity, FittedRange, FrontEndCosts, Parameter, Profile, Residuals, TermParameters
 from sim.spec import EngineSpec
 
 
@@ -17,7 +17,7 @@ def profile_json(*, model: str, gpu: str, tensor_parallel_size: int = 1, front_e
             engine=EngineSpec(),
             engine_version="made up",
         ),
-        parameters=CurveParameters(
+        parameters=TermParameters(
             per_iteration=Parameter(value=0.01, low=0.01, high=0.01),
             weights=none,
             per_token=none,
@@ -26,7 +26,14 @@ def profile_json(*, model: str, gpu: str, tensor_parallel_size: int = 1, front_e
             per_decode=none,
             per_kv_token=none,
         ),
-        residuals=Residuals(iterations=1, mean_error=0, median_absolute_error=0, p90_absolute_error=0),
+        residuals=Residuals(
+            measurements=1,
+            what="iterations",
+            held_out=False,
+            mean_error=0,
+            median_absolute_error=0,
+            p90_absolute_error=0,
+        ),
         range=FittedRange(max_decodes=1, max_decode_kv_tokens=1, max_prefill_tokens=1),
         front_end=front_end,
         provenance="made up for tests",

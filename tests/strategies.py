@@ -124,9 +124,12 @@ def token_counts(draw: st.DrawFn, most: int) -> Distribution:
 @st.composite
 def think_times(draw: st.DrawFn) -> Distribution:
     mean_s = draw(times_s(1e-2, 1e1))
-    return draw(
-        st.sampled_from([Exponential(mean=mean_s), Uniform(min=0, max=2 * mean_s), Lognormal(mean=mean_s, cv=1.0)])
-    )
+    distributions: list[Distribution] = [
+        Exponential(mean=mean_s),
+        Uniform(min=0, max=2 * mean_s),
+        Lognormal(mean=mean_s, cv=1.0),
+    ]
+    return draw(st.sampled_from(distributions))
 
 
 @st.composite

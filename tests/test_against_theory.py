@@ -111,18 +111,14 @@ def test_the_router_is_as_busy_as_its_load() -> None:
 def test_the_router_takes_twice_the_prompt_tokens_for_twice_the_time() -> None:
     spec = FREE_ROUTER.model_copy(update={"per_prompt_token_s": 0.001})
     classes = {"class": ClassSpec(prompt_tokens=Uniform(min=1, max=1000), output_tokens=Fixed(value=1))}
-    plan = make_plan(
-        make_expert(INSTANT), OpenLoop(rate_rps=1.0), at=1.0, router=spec, classes=classes, run=RUN
-    )
+    plan = make_plan(make_expert(INSTANT), OpenLoop(rate_rps=1.0), at=1.0, router=spec, classes=classes, run=RUN)
     service_s = 1001 / 2 * 0.001
     service_cv = sqrt((1000**2 - 1) / 12) / (1001 / 2)
     assert_mean_is(mg1_wait_s(1.0, service_s, service_cv), [router_wait_s(run) for run in replications(plan)])
 
 
 def test_streamed_tokens_slow_the_router_down_to_the_rest_of_its_time() -> None:
-    station = RouterStation(
-        RouterSpec(per_request_s=1.0, per_prompt_token_s=0.0, per_output_token_s=0.01), lambda: 1.0
-    )
+    station = RouterStation(RouterSpec(per_request_s=1.0, per_prompt_token_s=0.0, per_output_token_s=0.01), lambda: 1.0)
     station.change_token_rate(0.0, 50)  # half of its time
     assert station.take_request(0.0, 1) == (0.0, 1.0)
     assert station.take_request(1.0, 1) == (1.5, 2.5)  # half a second of the first is still to do
@@ -130,7 +126,8 @@ def test_streamed_tokens_slow_the_router_down_to_the_rest_of_its_time() -> None:
     assert station.take_request(6.0, 1) == (6.0, 7.0)
     station.change_token_rate(6.0, -50)
     assert station.take_request(6.25, 1) == (7.0, 8.0)
-    assert station.token_delay_s(6.5, 1) == pytest.approx(1.5 + 0.01)
+    assert station.token_delay_s(6.5, 0.0, 1) == pytest.approx(1.5 + 0.01)
+    assert station.token_delay_s(6.5, 1.0, 1) == pytest.approx(0.5 + 0.01)  # by then a second of it is done
     station.change_token_rate(8.0, 150)  # more than it can do
     assert station.take_request(12.0, 1) == pytest.approx((14.0, 15.0))
 
@@ -239,7 +236,11 @@ def test_an_engine_of_one_slot_waits_as_pollaczek_khinchine_say(async_scheduling
     engine = replace(ROOMY, max_num_seqs=1, async_scheduling=async_scheduling)
     expert = make_expert(AffineCurve(fixed_s=TOKEN_S), engine=engine)
     classes = generation(Uniform(min=1, max=999))
-    runs = replications(make_plan(expert, OpenLoop(rate_rps=1.2), at=1.2, classes=classes, run=RunSpec(requests=2000, warm_up_requests=200)))
+    runs = replications(
+        make_plan(
+            expert, OpenLoop(rate_rps=1.2), at=1.2, classes=classes, run=RunSpec(requests=2000, warm_up_requests=200)
+        )
+    )
     service_cv = sqrt((999**2 - 1) / 12) / 500
     wait_s = mean_between("engine_arrival_s", "scheduled_s")
     assert_mean_is(mg1_wait_s(1.2, 500 * TOKEN_S, service_cv), [wait_s(run) for run in runs])

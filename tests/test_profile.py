@@ -28,6 +28,7 @@ def document(**changes: Any) -> dict[str, Any]:
             "engine_version": "vLLM 0.26.0",
         },
         "parameters": {
+            "kind": "terms",
             "per_iteration": parameter(1e-3),
             "weights": parameter(5e-3),
             "per_token": parameter(2e-5),
@@ -37,7 +38,9 @@ def document(**changes: Any) -> dict[str, Any]:
             "per_kv_token": parameter(4e-8),
         },
         "residuals": {
-            "iterations": 5000,
+            "measurements": 5000,
+            "what": "iterations",
+            "held_out": False,
             "mean_error": 0.001,
             "median_absolute_error": 0.02,
             "p90_absolute_error": 0.06,
@@ -137,8 +140,8 @@ def test_negative_term_and_disordered_interval_are_two_lines(tmp_path: Path) -> 
         load_profile(write(tmp_path, content))
     lines = str(caught.value).splitlines()
     assert len(lines) == 2
-    assert "parameters.weights: Value error, low <= value <= high must hold, got 0, 3, 2" in lines[0]
-    assert "parameters.per_token.value: Input should be greater than or equal to 0, got -1.0" in lines[1]
+    assert "parameters.terms.weights: Value error, low <= value <= high must hold, got 0, 3, 2" in lines[0]
+    assert "parameters.terms.per_token.value: Input should be greater than or equal to 0, got -1.0" in lines[1]
 
 
 def test_missing_file_is_told(tmp_path: Path) -> None:

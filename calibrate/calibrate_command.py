@@ -1,0 +1,83 @@
+"""``expert-router calibrate``: how wrong predictions are on measured runs."""
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+HELP = {"help_option_names": ["-h", "--help"]}
+FILE = click.Path(dir_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+@click.group("calibrate", context_settings=HELP)
+def command() -> None:
+    """Compare predictions with measured runs."""
+
+
+@command.command("validate", context_settings=HELP)
+@click.argument("runs", type=FILE)
+@click.option(
+    "--requests", "requests_file", type=FILE, help="Arrivals and lengths of single requests, joined by run_id."
+)
+@click.option("--profile", "profiles", type=FILE, multiple=True, help="Predict with this profile; may be repeated.")
+@click.option("--out", type=FILE, help="Write one row per run and metric to this CSV file.")
+@click.option("--flagged", is_flag=True, help="Also simulate runs with a flag.")
+@click.option("--report", type=FOLDER, help="Write accuracy.md and its picture into this folder.")
+@click.option("--peers", type=FILE, help="Errors of other simulators, to show beside ours in the report.")
+@click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, help="Of loads not recorded.")
+@click.option("--replications", type=click.IntRange(min=1), default=3, show_default=True, help="Of loads not recorded.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes; default: one per core.")
+def validate_command(
+    runs: Path,
+    requests_file: Path | None,
+    profiles: tuple[Path, ...],
+    out: Path | None,
+    flagged: bool,
+    report: Path | None,
+    peers: Path | None,
+    seed: int,
+    replications: int,
+    workers: int | None,
+) -> None:
+    """Simulate every run of RUNS (CSV) again and tell the error of every figure that was measured.
+
+    Without --profile the roofline predicts. A run that cannot be simulated is listed with the reason.
+    """
+    from calibrate.error_report import print_validation
+    from calibrate.measured_runs import MeasurementError, read_measured_requests, read_measured_runs
+    from calibrate.roofline_predictor import ProfilePredictor, RooflinePredictor
+    from calibrate.validate import validate, write_errors
+    from sim.profile import ProfileError, load_profile
+    from sim.simulate_command import progress_bar
+
+    messages = Console(stderr=True)
+    if peers is not None and report is None:
+        raise click.UsageError("--peers needs --report, the folder to write into")
+    try:
+        measured = read_measured_runs(runs)
+        requests = {} if requests_file is None else read_measured_requests(requests_file)
+        predictor = ProfilePredictor([load_profile(path) for path in profiles]) if profiles else RooflinePredictor()
+        with progress_bar(messages) as progress:
+            found = validate(
+                measured,
+                requests,
+                lambda experiment: predictor,
+                flagged=flagged,
+                seed=seed,
+                replications=replications,
+                workers=workers,
+                progress=progress,
+            )
+        print_validation(found, Console())
+        if out is not None:
+            write_errors(found, out)
+            messages.print(f"wrote {len(found.rows)} rows to {out}", highlight=False)
+        if report is not None:
+            from calibrate.accuracy_report import write_accuracy_report
+
+            written = write_accuracy_report(found, report, peers=peers)
+            messages.print(f"wrote {', '.join(str(path) for path in written)}", highlight=False)
+    except (MeasurementError, ProfileError, OSError) as error:
+        messages.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
+        raise SystemExit(2) from None

@@ -1,0 +1,176 @@
+"""From a fit to profile files, one per expert, with the error of predictions that had not seen the run."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from calibrate.fit import CORRECTIONS, OVERHEADS, Calibration, EngineGroup, Estimate, Observation, shape_of
+from sim.catalogue import find_gpu, find_model, find_quantization
+from sim.factors import Factors
+from sim.fleet import FrontEnd
+from sim.memory import engine_defaults, memory_budget
+from sim.profile import (
+    ExpertIdentity,
+    FittedRange,
+    FrontEndCosts,
+    Parameter,
+    Profile,
+    Residuals,
+    RooflineParameters,
+)
+from sim.resolve import DEFAULT_MAX_MODEL_LEN, profile_name
+from sim.spec import EngineSpec
+
+LLAMA_FAMILY = (
+    "llama-3-8b",
+    "llama-3.1-8b",
+    "llama-3-70b",
+    "llama-3.1-70b",
+    "llama-2-7b",
+    "llama-2-70b",
+    "codellama-34b",
+)
+GPUS = ("H100-SXM", "H200", "A100-80GB", "L40S")
+TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
+LICENCE = (
+    "fitted figures only; the measurements are those of the public repositories named in the provenance, under their "
+    "own terms"
+)
+
+ExpertKey = tuple[str, str, str, int]
+"""Model, quantization, GPU and tensor-parallel size, by catalogue names."""
+
+
+def llama_family() -> list[ExpertKey]:
+    """Return the experts of the Llama family that fit their GPUs, in bf16: no dense engine was measured in fp8."""
+    return [
+        (model, "bf16", gpu, size)
+        for model in LLAMA_FAMILY
+        for gpu in GPUS
+        for size in TENSOR_PARALLEL_SIZES
+        if find_model(model).allows_tensor_parallel(size) and _fits(model, "bf16", gpu, size)
+    ]
+
+
+def _fits(model_name: str, quantization_name: str, gpu_name: str, tensor_parallel_size: int) -> bool:
+    """Whether one request of the default length has room beside the weights."""
+    gpu = find_gpu(gpu_name)
+    tokens, seqs = engine_defaults(gpu)
+    budget = memory_budget(
+        find_model(model_name),
+        find_quantization(quantization_name),
+        gpu,
+        tensor_parallel_size=tensor_parallel_size,
+        engine=EngineSpec(),
+        max_num_batched_tokens=tokens,
+        max_num_seqs=seqs,
+    )
+    length = min(DEFAULT_MAX_MODEL_LEN, find_model(model_name).max_model_len)
+    return budget.num_kv_blocks * EngineSpec().block_size >= length
+
+
+def make_profile(
+    calibration: Calibration,
+    group: EngineGroup,
+    key: ExpertKey,
+    *,
+    engine: str,
+    engine_version: str,
+    held_out_errors: Sequence[tuple[Observation, float]],
+    provenance: str,
+) -> Profile:
+    """Return the profile of one expert.
+
+    Args:
+        calibration: fitted to all runs.
+        group: of its engine version.
+        key: the expert.
+        engine: short name of the engine version, the end of the profile's name.
+        engine_version: in full.
+        held_out_errors: relative error of each observation of the group by the fit without its experiment.
+        provenance: data and command.
+
+    Raises:
+        ValueError: no observation of the group.
+    """
+    model, quantization, gpu, size = key
+    on_gpu = [(seen, error) for seen, error in held_out_errors if shape_of(seen.run)[2].name == gpu]
+    told = on_gpu or list(held_out_errors)
+    if not told:
+        raise ValueError(f"nothing was measured on {group.name}")
+    measured = any(
+        (shape_of(seen.run)[0].name, shape_of(seen.run)[1].name, shape_of(seen.run)[2].name, seen.run.tp) == key
+        for seen, _ in held_out_errors
+    )
+    notes = [provenance]
+    if not measured:
+        notes.append(_never_measured(key, bool(on_gpu)))
+    errors = np.array([error for _, error in told])
+    front_end: FrontEnd = calibration.front_end(group)
+    estimates: dict[str, Estimate] = {**calibration.corrections, **calibration.overheads[group]}
+    return Profile(
+        name=profile_name(model, quantization, gpu, size, engine),
+        expert=ExpertIdentity(
+            model=model,
+            quantization=quantization,
+            gpu=gpu,
+            tensor_parallel_size=size,
+            engine=EngineSpec(async_scheduling=group.async_scheduling),
+            engine_version=engine_version,
+        ),
+        parameters=RooflineParameters(
+            **{name: _rounded(estimates[name]) for name in (*CORRECTIONS, *OVERHEADS)},
+        ),
+        residuals=Residuals(
+            measurements=len(errors),
+            what="load stages",
+            held_out=True,
+            mean_error=round(float(errors.mean()), 4),
+            median_absolute_error=round(float(np.median(np.abs(errors))), 4),
+            p90_absolute_error=round(float(np.quantile(np.abs(errors), 0.9)), 4),
+        ),
+        range=FittedRange(
+            max_decodes=round(max(seen.decodes for seen, _ in told)),
+            max_decode_kv_tokens=round(max(seen.kv_tokens for seen, _ in told)),
+            max_prefill_tokens=max(seen.run.max_num_batched_tokens or 0 for seen, _ in told),
+        ),
+        front_end=FrontEndCosts(**{name: _digits(value) for name, value in asdict(front_end).items()}),
+        provenance="; ".join(notes),
+        licence=LICENCE,
+    )
+
+
+def _never_measured(key: ExpertKey, gpu_measured: bool) -> str:
+    model, quantization, gpu, size = key
+    text = f"{model} in {quantization} on {gpu} x{size} itself was never measured: predicted from its shape"
+    if quantization != "bf16":
+        text += f", {quantization} from its kernels alone"
+    if not gpu_measured:
+        kernels = "measured kernels" if Factors.is_measured(find_gpu(gpu)) else "the kernels of another GPU"
+        text += f"; no engine was measured on {gpu}, so {kernels} and the errors of all other GPUs stand for it"
+    return text
+
+
+def write_profiles(profiles: Iterable[Profile], folder: Path) -> list[Path]:
+    """Write each profile as NAME.json into a folder, made when missing; return the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for profile in profiles:
+        path = folder / f"{profile.name}.json"
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(profile.model_dump_json(indent=1, exclude_defaults=False) + "\n", encoding="utf-8")
+        partial.replace(path)
+        paths.append(path)
+    return paths
+
+
+def _rounded(estimate: Estimate) -> Parameter:
+    low, value, high = (_digits(number) for number in (estimate.low, estimate.value, estimate.high))
+    return Parameter(value=value, low=min(low, value), high=max(high, value))
+
+
+def _digits(value: float) -> float:
+    """Four significant digits, so that a file does not change with the last bits of a solver."""
+    return float(f"{value:.4g}")
