@@ -1,9 +1,14 @@
 """``expert-router calibrate``: how wrong predictions are on measured runs."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from calibrate.predictor import Predictor
 
 HELP = {"help_option_names": ["-h", "--help"]}
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -21,6 +26,7 @@ def command() -> None:
     "--requests", "requests_file", type=FILE, help="Arrivals and lengths of single requests, joined by run_id."
 )
 @click.option("--profile", "profiles", type=FILE, multiple=True, help="Predict with this profile; may be repeated.")
+@click.option("--leave-one-out", is_flag=True, help="Predict each experiment by a fit to all the others in RUNS.")
 @click.option("--out", type=FILE, help="Write one row per run and metric to this CSV file.")
 @click.option("--flagged", is_flag=True, help="Also simulate runs with a flag.")
 @click.option("--report", type=FOLDER, help="Write accuracy.md and its picture into this folder.")
@@ -32,6 +38,7 @@ def validate_command(
     runs: Path,
     requests_file: Path | None,
     profiles: tuple[Path, ...],
+    leave_one_out: bool,
     out: Path | None,
     flagged: bool,
     report: Path | None,
@@ -42,27 +49,36 @@ def validate_command(
 ) -> None:
     """Simulate every run of RUNS (CSV) again and tell the error of every figure that was measured.
 
-    Without --profile the roofline predicts. A run that cannot be simulated is listed with the reason.
+    The roofline predicts unless --profile or --leave-one-out says otherwise. A run that cannot be simulated is listed with the reason.
     """
     from calibrate.error_report import print_validation
     from calibrate.measured_runs import MeasurementError, read_measured_requests, read_measured_runs
     from calibrate.roofline_predictor import ProfilePredictor, RooflinePredictor
     from calibrate.validate import validate, write_errors
-    from sim.profile import ProfileError, load_profile
+    from sim.catalogue import UnknownNameError
+    from sim.profile import ProfileError
     from sim.simulate_command import progress_bar
 
     messages = Console(stderr=True)
+    if profiles and leave_one_out:
+        raise click.UsageError("--profile and --leave-one-out exclude each other")
     if peers is not None and report is None:
         raise click.UsageError("--peers needs --report, the folder to write into")
     try:
         measured = read_measured_runs(runs)
         requests = {} if requests_file is None else read_measured_requests(requests_file)
-        predictor = ProfilePredictor([load_profile(path) for path in profiles]) if profiles else RooflinePredictor()
+        predictor_for: Callable[[str], Predictor]
+        if leave_one_out:
+            from calibrate.fit import leave_one_out as fits_without
+
+            predictor_for = fits_without(measured)
+        else:
+            predictor_for = _always(ProfilePredictor(profiles) if profiles else RooflinePredictor())
         with progress_bar(messages) as progress:
             found = validate(
                 measured,
                 requests,
-                lambda experiment: predictor,
+                predictor_for,
                 flagged=flagged,
                 seed=seed,
                 replications=replications,
@@ -78,6 +94,11 @@ def validate_command(
 
             written = write_accuracy_report(found, report, peers=peers)
             messages.print(f"wrote {', '.join(str(path) for path in written)}", highlight=False)
-    except (MeasurementError, ProfileError, OSError) as error:
+    except (MeasurementError, ProfileError, UnknownNameError, OSError) as error:
         messages.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(2) from None
+
+
+def _always(predictor: "Predictor") -> "Callable[[str], Predictor]":
+    """Return a predictor that was fitted on none of the experiments for each of them."""
+    return lambda experiment: predictor

@@ -89,6 +89,8 @@ EXPERT_COLUMNS = (
     Column("GPUs", "gpus", 5),
 )
 
+MAX_LISTED_EXPERTS = 4
+
 
 def print_report(result: Result, console: Console | None = None) -> None:
     """Print the report to ``console``; by default to stdout, wide when that is not a terminal."""
@@ -199,16 +201,26 @@ def _at_highest_load(rows: list[Row]) -> list[Row]:
     return [row for row in rows if row["load_kind"] == "trace" or load(row) == highest[row["fleet"]]]
 
 
+def _listed(users: list[str]) -> str:
+    """Name the first experts, and how many more there are."""
+    more = len(users) - MAX_LISTED_EXPERTS
+    return ", ".join(users[:MAX_LISTED_EXPERTS]) + (f" and {more} more" if more > 0 else "")
+
+
 def _remarks(result: Result) -> list[str]:
     """What stands below the tables: where times come from, what was counted, and the notes of the runs."""
     remarks = []
-    sources = {source.label: source.detail for experts in result.curves.values() for source in experts.values()}
-    for label, detail in sources.items():
-        users = [
-            f"{fleet}/{name}" for fleet, each in result.curves.items() for name in each if each[name].label == label
-        ]
-        whose = "all experts" if len(sources) == 1 else ", ".join(users)
-        remarks.append(f"Iteration times of {whose}: {label}. {detail}")
+    using: dict[str, list[str]] = {}
+    details: dict[str, set[str]] = {}
+    for fleet, experts in result.curves.items():
+        for name, source in experts.items():
+            using.setdefault(source.label, []).append(f"{fleet}/{name}")
+            details.setdefault(source.label, set()).add(source.detail)
+    for label, users in using.items():
+        whose = "all experts" if len(using) == 1 else _listed(users)
+        several = len(details[label]) > 1
+        detail = "each expert's source is in fleet.resolved.yaml (--out)" if several else next(iter(details[label]))
+        remarks.append(f"Iteration times of {whose}: {label}; {detail}.")
     total = [row for row in result.summary_rows if row["expert"] == ALL_EXPERTS]
     counts = {
         name: sum(row[name] for row in total) for name in ("sent", "completed", "failed", "in_flight", "measured")
