@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 
 if TYPE_CHECKING:
@@ -25,6 +26,13 @@ def command() -> None:
 @click.option(
     "--requests", "requests_file", type=FILE, help="Arrivals and lengths of single requests, joined by run_id."
 )
+@click.option(
+    "--engine",
+    "engine",
+    multiple=True,
+    metavar="COLUMN=VALUE",
+    help="What served a result file of a load generator: gpu=H100, tp=2, max_num_seqs=256; may be repeated.",
+)
 @click.option("--profile", "profiles", type=FILE, multiple=True, help="Predict with this profile; may be repeated.")
 @click.option("--leave-one-out", is_flag=True, help="Predict each experiment by a fit to all the others in RUNS.")
 @click.option("--out", type=FILE, help="Write one row per run and metric to this CSV file.")
@@ -37,6 +45,7 @@ def command() -> None:
 def validate_command(
     runs: Path,
     requests_file: Path | None,
+    engine: tuple[str, ...],
     profiles: tuple[Path, ...],
     leave_one_out: bool,
     out: Path | None,
@@ -47,12 +56,17 @@ def validate_command(
     replications: int,
     workers: int | None,
 ) -> None:
-    """Simulate every run of RUNS (CSV) again and tell the error of every figure that was measured.
+    """Simulate every run of RUNS again and tell the error of every figure that was measured.
 
-    The roofline predicts unless --profile or --leave-one-out says otherwise. A run that cannot be simulated is listed with the reason.
+    RUNS is a table (CSV), or a result of vllm bench serve --save-detailed, GuideLLM (benchmarks.json) or AIPerf
+    (profile_export.jsonl), for which --engine says what served it.
+
+    The roofline predicts unless --profile or --leave-one-out says otherwise. A run that cannot be simulated is listed
+    with the reason.
     """
+    from calibrate.bench_results import SUFFIXES, read_bench_results
     from calibrate.error_report import print_validation
-    from calibrate.measured_runs import MeasurementError, read_measured_requests, read_measured_runs
+    from calibrate.measured_runs import MeasurementError, read_measured_requests, read_measured_runs, run_of_settings
     from calibrate.roofline_predictor import ProfilePredictor, RooflinePredictor
     from calibrate.validate import validate, write_errors
     from sim.catalogue import UnknownNameError
@@ -62,11 +76,18 @@ def validate_command(
     messages = Console(stderr=True)
     if profiles and leave_one_out:
         raise click.UsageError("--profile and --leave-one-out exclude each other")
+    if engine and runs.suffix not in SUFFIXES:
+        raise click.UsageError("--engine is for result files; a table says itself what served its runs")
     if peers is not None and report is None:
         raise click.UsageError("--peers needs --report, the folder to write into")
     try:
-        measured = read_measured_runs(runs)
         requests = {} if requests_file is None else read_measured_requests(requests_file)
+        if runs.suffix in SUFFIXES:
+            imported = read_bench_results(runs, run_of_settings(engine))
+            measured = [run for run, _ in imported]
+            requests |= {run.run_id: sent for run, sent in imported}
+        else:
+            measured = read_measured_runs(runs)
         predictor_for: Callable[[str], Predictor]
         if leave_one_out:
             from calibrate.fit import leave_one_out as fits_without
@@ -92,7 +113,7 @@ def validate_command(
         if report is not None:
             from calibrate.accuracy_report import write_accuracy_report
 
-            written = write_accuracy_report(found, report, peers=peers)
+            written = write_accuracy_report(found, report, command=_command_line(), peers=peers)
             messages.print(f"wrote {', '.join(str(path) for path in written)}", highlight=False)
     except (MeasurementError, ProfileError, UnknownNameError, OSError) as error:
         messages.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
@@ -102,3 +123,17 @@ def validate_command(
 def _always(predictor: "Predictor") -> "Callable[[str], Predictor]":
     """Return a predictor that was fitted on none of the experiments for each of them."""
     return lambda experiment: predictor
+
+
+def _command_line() -> str:
+    """Return the command as typed, with the names of files and without their folders."""
+    context = click.get_current_context()
+    words = ["expert-router calibrate validate"]
+    for parameter in context.command.params:
+        value = context.params[parameter.name or ""]
+        if context.get_parameter_source(parameter.name or "") is ParameterSource.DEFAULT:
+            continue
+        option = [] if isinstance(parameter, click.Argument) else [parameter.opts[-1]]
+        for each in value if isinstance(value, tuple) else [value]:
+            words += option if each is True else [*option, each.name if isinstance(each, Path) else str(each)]
+    return " ".join(words)

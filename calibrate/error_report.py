@@ -1,18 +1,23 @@
 """The errors of a validation on a terminal."""
 
 from collections.abc import Mapping
-from math import isfinite
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from calibrate.error_tables import GROUPINGS, ErrorSummary, common_start, shown_pct, skipped_by_reason, summaries
+from calibrate.error_tables import (
+    GROUPINGS,
+    KEY_METRICS,
+    ErrorSummary,
+    common_start,
+    mean_and_median,
+    shown_pct,
+    skipped_by_reason,
+    summaries,
+)
 from calibrate.validate import COVERAGE, Validation
-
-KEY_METRICS = ("ttft_mean", "tpot_mean", "e2e_mean", "e2e_p99", "itl_p50", "output_throughput")
-"""Metrics of the tables by group, where measured."""
 
 SHOWN_GROUPINGS = ("model", "GPU", "regime")
 
@@ -23,12 +28,12 @@ def print_validation(validation: Validation, console: Console) -> None:
     if rows:
         profiles = sorted({row.profile for row in rows})
         runs = len({row.run_id for row in rows})
-        console.print(f"{runs} runs predicted by {common_start(profiles)}", highlight=False)
+        console.print(f"{runs} run{'s' if runs > 1 else ''} predicted by {common_start(profiles)}", highlight=False)
         console.print(_metrics_table(summaries(validation)["all"]))
         for name in SHOWN_GROUPINGS:
             console.print(_group_table(name, summaries(validation, GROUPINGS[name])))
     if validation.skipped:
-        console.print(f"{len(validation.skipped)} runs not simulated:", highlight=False)
+        console.print(f"not simulated, {len(validation.skipped)} of {len(validation.runs)} runs:", highlight=False)
         for reason, run_ids in skipped_by_reason(validation):
             console.print(
                 Text(f"  {len(run_ids):4}  {reason}: {common_start(run_ids)}"), highlight=False, soft_wrap=True
@@ -61,10 +66,3 @@ def _group_table(heading: str, groups: Mapping[str, Mapping[str, ErrorSummary]])
         runs = str(max(found.runs for found in by_metric.values()))
         table.add_row(Text(name), runs, *(mean_and_median(by_metric.get(metric)) for metric in present))
     return table
-
-
-def mean_and_median(found: ErrorSummary | None) -> str:
-    """Return ``mean / median``, empty where nothing was measured."""
-    if found is None or not isfinite(found.mean_pct):
-        return ""
-    return f"{shown_pct(found.mean_pct)} / {shown_pct(found.median_pct)}"

@@ -8,7 +8,11 @@ from typing import NamedTuple
 import numpy as np
 
 from calibrate.measured_runs import METRICS, MeasuredRun
+from calibrate.run_engine import gpu_of_run
 from calibrate.validate import ErrorRow, Validation
+
+KEY_METRICS = ("ttft_mean", "tpot_mean", "e2e_mean", "e2e_p99", "itl_p50", "output_throughput")
+"""Metrics of the tables by group and of the picture, where measured."""
 
 
 class ErrorSummary(NamedTuple):
@@ -31,7 +35,7 @@ class ErrorSummary(NamedTuple):
 
 GROUPINGS: dict[str, Callable[[MeasuredRun, ErrorRow], str]] = {
     "model": lambda run, row: f"{run.model.split('/')[-1]}{' (mixture)' if run.arch == 'moe' else ''}",
-    "GPU": lambda run, row: run.gpu.removesuffix(" (inferred)"),
+    "GPU": lambda run, row: gpu_of_run(run).name,
     "regime": lambda run, row: row.regime,
     "architecture": lambda run, row: "mixture" if run.arch == "moe" else "dense",
     "source": lambda run, row: run.run_id.split("/")[0],
@@ -88,3 +92,10 @@ def common_start(names: Iterable[str]) -> str:
     """Return names shortened for a line: the first, and how many more."""
     first, *others = names
     return first + (f" and {len(others)} more" if others else "")
+
+
+def mean_and_median(found: ErrorSummary | None) -> str:
+    """Return ``mean / median``, empty where nothing was measured."""
+    if found is None or not isfinite(found.mean_pct):
+        return ""
+    return f"{shown_pct(found.mean_pct)} / {shown_pct(found.median_pct)}"

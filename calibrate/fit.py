@@ -9,7 +9,8 @@ A measured mean time per output token (or median gap between tokens) is the time
 concurrency, plus each iteration's share of prefills. The fit minimises relative errors by non-negative least squares,
 with a prior that holds the corrections near 1 by the spread of the kernel measurements, and Huber weights that keep a
 single odd run from steering it (Huber 1964). Intervals come from refitting to resampled experiments, whole experiments
-at a time, because the stages of one share what is odd about it.
+at a time, because the stages of one share what is odd about it; the prior is drawn anew each time, so that a correction
+that no run tells of is as uncertain as its prior.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -22,6 +23,7 @@ from scipy.optimize import nnls
 
 from calibrate.measured_runs import MeasuredRun
 from calibrate.predictor import CannotPredictError, PredictedEngine
+from calibrate.run_engine import schedules_asynchronously
 from sim.catalogue import Gpu, ModelShape, Quantization, UnknownNameError, find_gpu, find_model, find_quantization
 from sim.factors import Factors, OverheadFactors, packaged_factors
 from sim.fleet import FrontEnd
@@ -75,10 +77,13 @@ GROUPS = (ASYNCHRONOUS, SYNCHRONOUS)
 
 
 def group_of(run: MeasuredRun) -> EngineGroup:
-    """Return the group of a run's engine; asynchronous scheduling is vLLM's default since 0.14.0."""
-    version = run.engine_version.split(" ")[0].split(".")
-    known = len(version) >= 2 and version[0].isdecimal() and version[1].isdecimal()
-    return ASYNCHRONOUS if known and (int(version[0]), int(version[1])) >= (0, 14) else SYNCHRONOUS
+    """Return the group of a run's engine."""
+    return group_of_version(run.engine_version)
+
+
+def group_of_version(engine_version: str) -> EngineGroup:
+    """Return the group of an engine version, e.g. of "0.15.1" or "vLLM 0.15.1"."""
+    return ASYNCHRONOUS if schedules_asynchronously(engine_version) else SYNCHRONOUS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +168,7 @@ class Calibration:
         values = np.zeros(len(CORRECTIONS) + len(GROUPS) * len(OVERHEADS))
         values[: len(CORRECTIONS)] = [estimate.value for estimate in self.corrections.values()]
         for group, overhead in self.overheads.items():
-            values[_overhead_columns(group)] = [estimate.value for estimate in overhead.values()]
+            values[overhead_columns(group)] = [estimate.value for estimate in overhead.values()]
         return values
 
     def front_end(self, group: EngineGroup) -> FrontEnd:
@@ -203,18 +208,23 @@ def fit(runs: Iterable[MeasuredRun], *, without: Collection[str] = (), resamples
     value = solve(design, measured_s)
     experiments = sorted({seen.run.exp for seen in observations})
     rows_of = [np.flatnonzero([seen.run.exp == name for seen in observations]) for name in experiments]
+    spreads = [PRIOR_SPREAD[name] for name in CORRECTIONS]
     resampled = [value]
     for number in range(resamples):
         drawn = stream(0, "experiments", number).integers(len(experiments), size=len(experiments))
         rows = np.concatenate([rows_of[index] for index in drawn])
-        resampled.append(solve(design[rows], measured_s[rows]))
+        prior = stream(0, "prior", number).normal(1.0, spreads)
+        resampled.append(solve(design[rows], measured_s[rows], prior))
     low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+    for column in np.flatnonzero(~design.any(axis=0)):
+        if column >= len(CORRECTIONS):
+            value[column], low[column], high[column] = _unseen_overhead(column)
     estimates = [
         Estimate(value=float(v), low=float(min(lo, v)), high=float(max(hi, v)))
         for v, lo, hi in zip(value, low, high, strict=True)
     ]
     seen_groups = [group for group in GROUPS if any(seen.group is group for seen in observations)]
-    overheads = {group: dict(zip(OVERHEADS, estimates[_overhead_columns(group)], strict=True)) for group in seen_groups}
+    overheads = {group: dict(zip(OVERHEADS, estimates[overhead_columns(group)], strict=True)) for group in seen_groups}
     calibration = Calibration(
         corrections=dict(zip(CORRECTIONS, estimates[: len(CORRECTIONS)], strict=True)),
         overheads=overheads,
@@ -229,18 +239,29 @@ def fit(runs: Iterable[MeasuredRun], *, without: Collection[str] = (), resamples
     return calibration
 
 
-def solve(design: NDArray[np.float64], measured_s: NDArray[np.float64]) -> NDArray[np.float64]:
+def _unseen_overhead(column: int) -> tuple[float, float, float]:
+    """Return value, low and high of an overhead that no run tells of: the roofline's, from nothing to twice as much."""
+    number, field = divmod(column - len(CORRECTIONS), len(OVERHEADS))
+    assumed = packaged_factors().overhead(async_scheduling=GROUPS[number].async_scheduling)
+    value: float = getattr(assumed, OVERHEADS[field])
+    return value, 0.0, 2 * value
+
+
+def solve(
+    design: NDArray[np.float64], measured_s: NDArray[np.float64], prior: NDArray[np.float64] | None = None
+) -> NDArray[np.float64]:
     """Return the non-negative parameters of least Huber loss of relative errors, under the prior on the corrections.
 
     Args:
         design: shape (observations, parameters), seconds per unit of each parameter.
         measured_s: shape (observations,).
+        prior: shape (corrections,), where the prior holds them; None: at 1.
     """
     parameters = design.shape[1]
     prior_rows = np.zeros((len(CORRECTIONS), parameters))
     for row, name in enumerate(CORRECTIONS):
         prior_rows[row, row] = 1 / PRIOR_SPREAD[name]
-    prior_values = prior_rows.sum(axis=1)  # all corrections at 1
+    prior_values = prior_rows[:, : len(CORRECTIONS)] @ (np.ones(len(CORRECTIONS)) if prior is None else prior)
     relative = design / measured_s[:, None] / NOISE
     # Columns differ by many powers of ten (a share, seconds, passes); alike, nnls stays accurate.
     scale = np.maximum(np.abs(np.vstack([relative, prior_rows])).max(axis=0), 1e-300)
@@ -253,9 +274,13 @@ def solve(design: NDArray[np.float64], measured_s: NDArray[np.float64]) -> NDArr
         if np.allclose(new, value, rtol=1e-9, atol=0):
             break
         value = new
-        residual = np.abs(relative @ value - 1 / NOISE)
-        weight = np.sqrt(np.minimum(1.0, HUBER / np.maximum(residual, HUBER)))
+        weight = np.sqrt(huber_weights(relative @ value * NOISE - 1))
     return value
+
+
+def huber_weights(errors: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return how much observations with these relative errors count, 1 unless they are beyond HUBER."""
+    return HUBER / np.maximum(np.abs(errors) / NOISE, HUBER)
 
 
 # -------------------------------------------------------------------------------------------------- observations
@@ -267,6 +292,10 @@ def observe(run: MeasuredRun) -> Observation | str:
         return "flagged"
     if run.arch != "dense":
         return "a mixture of experts"
+    if run.engine.casefold() != "vllm":
+        return "an engine other than vLLM"
+    if run.dp != 1:
+        return "data parallel, several engines in one row"
     if run.load_type == "open_loop" and not isnan(run.tpot_mean_s):
         measured_s = run.tpot_mean_s
         # Little's law; an arriving request finds the others and adds itself (arrival theorem).
@@ -306,7 +335,8 @@ def observe(run: MeasuredRun) -> Observation | str:
     )
 
 
-def _overhead_columns(group: EngineGroup) -> slice:
+def overhead_columns(group: EngineGroup) -> slice:
+    """Return where a group's overheads are among the parameters."""
     first = len(CORRECTIONS) + GROUPS.index(group) * len(OVERHEADS)
     return slice(first, first + len(OVERHEADS))
 
@@ -330,7 +360,7 @@ def _terms(
 
     terms = np.zeros(len(CORRECTIONS) + len(GROUPS) * len(OVERHEADS))
     terms[: len(CORRECTIONS)] = [seconds_of(name) for name in CORRECTIONS]
-    terms[_overhead_columns(group)] = [seconds_of(name) for name in OVERHEADS]
+    terms[overhead_columns(group)] = [seconds_of(name) for name in OVERHEADS]
     return terms
 
 

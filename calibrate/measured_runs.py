@@ -7,7 +7,7 @@ per second throughout; an empty cell means not measured or not published.
 import csv
 import gzip
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from math import isfinite, nan
 from pathlib import Path
@@ -193,6 +193,28 @@ def read_measured_runs(path: Path) -> list[MeasuredRun]:
         lines[run.run_id] = line
         runs.append(run)
     return runs
+
+
+def run_of_settings(settings: Iterable[str]) -> MeasuredRun:
+    """Return a run with fields from ``COLUMN=VALUE`` texts, columns as in the table of runs; the rest is empty.
+
+    Raises:
+        MeasurementError: a text without ``=``, an unknown column, or a value that is not what the column holds.
+    """
+    by_column = {_column_of(field.name): field for field in fields(MeasuredRun)}
+    values: dict[str, Any] = dict.fromkeys(("run_id", "exp", "engine", "engine_version", "model", "load_type"), "")
+    values |= {"stage": 0, "tp": 1, "quantization": "none"}
+    for setting in settings:
+        column, equals, cell = setting.partition("=")
+        if not equals or column not in by_column:
+            raise MeasurementError(f"{setting!r}: expected COLUMN=VALUE with a column of the table of runs")
+        try:
+            values[by_column[column].name] = _parser(by_column[column].type)(cell)
+        except ValueError as error:
+            raise MeasurementError(f"{setting!r}: expected {error}") from None
+    if not values.get("gpu"):
+        raise MeasurementError("the GPU is not known; give gpu=NAME")
+    return MeasuredRun(**values)
 
 
 def read_measured_requests(path: Path) -> dict[str, MeasuredRequests]:

@@ -50,25 +50,56 @@ def llama_family() -> list[ExpertKey]:
         for model in LLAMA_FAMILY
         for gpu in GPUS
         for size in TENSOR_PARALLEL_SIZES
-        if find_model(model).allows_tensor_parallel(size) and _fits(model, "bf16", gpu, size)
+        if why_impossible((model, "bf16", gpu, size)) is None
     ]
 
 
-def _fits(model_name: str, quantization_name: str, gpu_name: str, tensor_parallel_size: int) -> bool:
-    """Whether one request of the default length has room beside the weights."""
-    gpu = find_gpu(gpu_name)
-    tokens, seqs = engine_defaults(gpu)
+def expert_key(text: str) -> ExpertKey:
+    """Read MODEL/QUANTIZATION/GPU/TP, by any names of the catalogue; the model's own may hold slashes.
+
+    Raises:
+        ValueError: it has not these parts, or the expert cannot exist.
+        UnknownNameError: the catalogue lacks one of them.
+    """
+    parts = text.rsplit("/", 3)
+    if len(parts) != 4 or not parts[3].isdecimal() or int(parts[3]) < 1:
+        raise ValueError(
+            f"expert {text!r}: expected MODEL/QUANTIZATION/GPU/TP such as llama-3.1-8b/bf16/H100-SXM/1, TP the number "
+            "of its GPUs"
+        )
+    key = find_model(parts[0]).name, find_quantization(parts[1]).name, find_gpu(parts[2]).name, int(parts[3])
+    reason = why_impossible(key)
+    if reason is not None:
+        raise ValueError(f"expert {text!r}: {reason}")
+    return key
+
+
+def why_impossible(key: ExpertKey) -> str | None:
+    """Return why an expert cannot exist, None if it can: a request of the default length must fit beside the weights."""
+    model, quantization, gpu, size = find_model(key[0]), find_quantization(key[1]), find_gpu(key[2]), key[3]
+    if not quantization.supported_on(gpu):
+        return f"{quantization.name} does not run on {gpu.name}"
+    if not model.allows_tensor_parallel(size):
+        return f"{model.name} cannot be split over {size} GPUs"
+    if kv_tokens(key) < min(DEFAULT_MAX_MODEL_LEN, model.max_model_len):
+        return f"{model.name} in {quantization.name} does not fit into {gpu.name} x{size}"
+    return None
+
+
+def kv_tokens(key: ExpertKey) -> int:
+    """Return how many tokens of KV an expert has room for, with vLLM's defaults."""
+    model, quantization, gpu, size = key
+    tokens, seqs = engine_defaults(find_gpu(gpu))
     budget = memory_budget(
-        find_model(model_name),
-        find_quantization(quantization_name),
-        gpu,
-        tensor_parallel_size=tensor_parallel_size,
+        find_model(model),
+        find_quantization(quantization),
+        find_gpu(gpu),
+        tensor_parallel_size=size,
         engine=EngineSpec(),
         max_num_batched_tokens=tokens,
         max_num_seqs=seqs,
     )
-    length = min(DEFAULT_MAX_MODEL_LEN, find_model(model_name).max_model_len)
-    return budget.num_kv_blocks * EngineSpec().block_size >= length
+    return budget.num_kv_blocks * EngineSpec().block_size
 
 
 def make_profile(

@@ -14,13 +14,24 @@ from sim.metrics import completed_in_window, distribution, e2el_s, tpot_s, ttft_
 from sim.records import RunRecord
 from sim.service_curve import IterationWork, ServiceCurve
 from sim.simulation import RunPlan, Simulation
+from sim.streams import stream
 
 LIGHT, LOADED, NEAR_SATURATION, OVERLOADED = REGIMES = ("light", "loaded", "near saturation", "overloaded")
 
 LIGHT_STRETCH = 1.25
 NEAR_SATURATION_OCCUPANCY = 0.7
+NEAR_SATURATION_QUEUE_SHARE = 0.05
 OVERLOADED_QUEUE_SHARE = 0.25
 FULL_OCCUPANCY = 0.95
+
+REGIME_RULES = (
+    "Occupancy is the time mean of the share of `max_num_seqs` or of the KV blocks in use, whichever is larger."
+    " Overloaded: requests spend more than a quarter of their end-to-end time in the engine's queue; in a closed "
+    "loop that is saturated on purpose: KV memory or the front end keeps the batch below its limit. Near "
+    "saturation: occupancy from 0.7 on, or more than a twentieth of the end-to-end time in the queue, or "
+    "saturated on purpose. Light: time per output token is less than 1.25 times that of a request alone in the "
+    "engine. Loaded: the rest."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +40,7 @@ class Replay:
 
     Attributes:
         figures: by the names of ``METRICS``; seconds and tokens per second, NaN where undefined.
-        regime: see ``load_regime``; of the first replication.
+        regime: by ``REGIME_RULES``; of the first replication.
         occupancy: time-mean share of the scarcer of slots and KV blocks, likewise.
         notes: what was assumed beyond the row.
     """
@@ -66,7 +77,8 @@ def replay(
     figures: list[dict[str, float]] = []
     regime, occupancy = "", 0.0
     for replication in range(replications):
-        load = replay_load(run, requests, settings, engine.curve, seed + replication)
+        drawn = int(stream(seed, "replication", replication).integers(2**62))
+        load = replay_load(run, requests, settings, engine.curve, drawn)
         plan = RunPlan(fleet=fleet, workload=load.workload, run=load.run, data=load.data, load=load.load)
         record = Simulation(plan).run()
         figures.append(_figures(record, load))
@@ -80,13 +92,7 @@ def replay(
 
 
 def load_regime(run: MeasuredRun, record: RunRecord, fleet: Fleet, curve: ServiceCurve) -> tuple[str, float]:
-    """Return the regime of a simulated run and its occupancy.
-
-    Occupancy is the time mean of the share of ``max_num_seqs`` or of the KV blocks in use, whichever is larger.
-    Overloaded: requests spend more than a quarter of their end-to-end time in the engine's queue; in a closed loop that
-    is saturated on purpose: KV memory keeps the batch below its limit. Near saturation: occupancy from 0.7 on. Light:
-    time per output token is less than 1.25 times that of a request alone in the engine. Loaded: the rest.
-    """
+    """Return the regime of a simulated run, by ``REGIME_RULES``, and its occupancy."""
     (stats,) = record.replicas
     settings = fleet.experts[0].engine
     slots = stats.running / settings.max_num_seqs
@@ -94,9 +100,10 @@ def load_regime(run: MeasuredRun, record: RunRecord, fleet: Fleet, curve: Servic
     done = {name: column[completed_in_window(record)] for name, column in record.requests.items()}
     if run.load_type == "saturated_closed_loop":
         return (NEAR_SATURATION if slots >= FULL_OCCUPANCY else OVERLOADED), occupancy
-    if np.mean(wait_s(done, fleet)["engine_queue"]) > OVERLOADED_QUEUE_SHARE * np.mean(e2el_s(done)):
+    queue_share = np.mean(wait_s(done, fleet)["engine_queue"]) / np.mean(e2el_s(done))
+    if queue_share > OVERLOADED_QUEUE_SHARE:
         return OVERLOADED, occupancy
-    if occupancy >= NEAR_SATURATION_OCCUPANCY:
+    if occupancy >= NEAR_SATURATION_OCCUPANCY or queue_share > NEAR_SATURATION_QUEUE_SHARE:
         return NEAR_SATURATION, occupancy
     context = round(float(np.mean(done["prompt_tokens"] + done["output_tokens"] / 2)))
     alone_s = curve.iteration_s(IterationWork(0, 0, 0.0, 0, 1, context))
@@ -123,10 +130,7 @@ def _fleet(run: MeasuredRun, settings: RunEngine, engine: PredictedEngine, front
 
 
 def _figures(record: RunRecord, load: ReplayLoad) -> dict[str, float]:
-    counted = completed_in_window(record)
-    if record.load_kind == "trace":
-        # The prompts that fill the cache are the first ones sent, and not all of them may be the first to complete.
-        counted &= record.requests["request_id"] >= load.warm_up_requests
+    counted = completed_in_window(record) & (record.requests["request_id"] >= load.first_request)
     done = {name: column[counted] for name, column in record.requests.items()}
     spreads = {name: distribution(of(done)) for name, of in (("ttft", ttft_s), ("tpot", tpot_s), ("e2e", e2el_s))}
     spreads["itl"] = weighted_distribution(record.gaps.gap_s, record.gaps.weight)
@@ -134,9 +138,8 @@ def _figures(record: RunRecord, load: ReplayLoad) -> dict[str, float]:
     for name, spread in spreads.items():
         figures |= {f"{name}_mean": spread.mean, f"{name}_p50": spread.median}
         figures |= {f"{name}_p90": spread.p90, f"{name}_p99": spread.p99}
-    if record.load_kind == "trace" and counted.any():
+    start_s, end_s = record.window_s
+    if not load.over_window:
         start_s, end_s = done["sent_s"].min(), done["last_token_s"].max()
-    else:
-        start_s, end_s = record.window_s
     figures["output_throughput"] = float(done["output_tokens"].sum()) / (end_s - start_s)
     return figures

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from math import ceil, isfinite, nan
+from math import isfinite, nan
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +22,22 @@ WARM_UP_GAP_S = 1.0  # between the prompts that fill the prefix cache before a l
 WARM_UP_OUTPUT_TOKENS = 2
 WARM_UP_PAUSE_S = 30.0
 
-CHAT_LENGTHS = 250.0, 1.0, 0.8
+CHAT_LENGTHS = 250.0, 7.5, 0.8
 REASONING_LENGTHS = 250.0, 0.5, 0.3
 """Mean prompt tokens, and coefficients of variation of prompt and output lengths, where a saturated run gives only the
-mean output. Engines whose batch stays below its limit because KV memory is full tell how many tokens a request holds on
-average, which is prompt + output / 2 * (1 + cv^2): about 790, 860, 820 and 610 tokens at mean outputs of 645, 627, 627
-and 397 in four chat runs, and 4,570 at 8,052 in a run of exam questions (workload ``gpqa``). That gives the spread of
-the outputs once the mean prompt is set to 250, a length typical of chat and not in the data."""
+mean output; all lognormal. Inferred from two things the runs tell, not measured:
+
+- ITL of Llama 3.1 70B on four H100 at batch 128: a tenth of the iterations last 6 ms longer than the median, a
+  hundredth 95 ms, at 0.37 new prompts an iteration and about 58 us a prompt token: a lognormal of median 30 and mean
+  250 tokens.
+- Engines whose batch stays below its limit because KV memory is full hold on average prompt + output / 2 * (1 + cv^2)
+  tokens a request: about 790, 860, 820 and 610 at mean outputs of 645, 627, 627 and 397 in four chat runs, and 4,570 at
+  8,052 in a run of exam questions (workload ``gpqa``)."""
+
+LONGEST_CHAT_PROMPT_TOKENS = 8192
+
+SATURATED_RATE = 1.25  # arrivals over the rate at which the engine alone would serve them, prefill not counted
+SATURATED_REQUESTS = 1000  # at least; the tail of ITL is made by few long prompts
 
 _DISTINCT_PROMPTS = re.compile(r"(\d+) distinct prompts")
 
@@ -39,7 +48,8 @@ class ReplayLoad:
 
     Attributes:
         load: as ``sim.simulation.RunPlan`` takes it: users, or NaN for a trace.
-        warm_up_requests: leading requests that only fill the prefix cache.
+        first_request: number of the first one that counts; those before only fill the prefix cache.
+        over_window: throughput is that of the measured window, not from the first arrival to the last token.
         random: another seed gives another load, so replications make sense.
         notes: assumptions.
     """
@@ -48,7 +58,8 @@ class ReplayLoad:
     run: RunSpec
     data: WorkloadData
     load: float
-    warm_up_requests: int
+    first_request: int
+    over_window: bool
     random: bool
     notes: tuple[str, ...]
 
@@ -116,13 +127,13 @@ def _timed(run: MeasuredRun, requests: MeasuredRequests | None, engine: RunEngin
         prefix_id=prefix_id,
         prefix_tokens=prefix_tokens,
     )
-    lengths = ClassSpec(prompt_tokens=Fixed(value=1), output_tokens=Fixed(value=1))  # a trace brings its own
     return ReplayLoad(
-        workload=WorkloadSpec(classes={"measured": lengths}, load=Trace(file=run.run_id, format="timed_trace")),
+        workload=_trace_workload(run),
         run=RunSpec(warm_up_requests=warm_up, seed=seed),
         data=WorkloadData(trace=trace),
         load=nan,
-        warm_up_requests=warm_up,
+        first_request=warm_up,
+        over_window=False,
         random=requests is None,
         notes=tuple(notes),
     )
@@ -179,20 +190,24 @@ def _closed_loop(run: MeasuredRun, requests: MeasuredRequests | None, seed: int)
         run=RunSpec(requests=run.n_requests, warm_up_requests=users if run.stage else 0, seed=seed),
         data=WorkloadData(columns=columns),
         load=float(users),
-        warm_up_requests=users if run.stage else 0,
+        first_request=0,
+        over_window=True,
         random=True,
         notes=tuple(notes),
     )
 
 
 def _saturated(run: MeasuredRun, engine: RunEngine, curve: ServiceCurve, seed: int) -> ReplayLoad:
-    """Return a few more users than slots, so that the batch is always full, started evenly over one service time."""
+    """Return arrivals a quarter faster than the engine's own rate, so that requests always wait in the engine.
+
+    Users who wait for their answers would not do: where the front end is slower than the engine they wait there, and
+    the batch that the measured runs kept full runs dry.
+    """
     if not isfinite(run.output_tokens_mean):
         raise CannotPredictError("output lengths (out_len_mean) are not known")
     slots = engine.max_num_seqs
-    users = slots + ceil(slots / 8)
     prompt_mean, prompt_cv, output_cv = REASONING_LENGTHS if "gpqa" in run.workload.casefold() else CHAT_LENGTHS
-    notes = [f"{users} users keep {slots} slots full"]
+    notes = [f"requests arrive faster than {slots} slots serve them"]
     if isfinite(run.prompt_tokens_mean):
         prompt_mean = run.prompt_tokens_mean
         prompt_cv = _or(run.prompt_tokens_std, PROMPT_STD_TOKENS) / prompt_mean
@@ -203,22 +218,26 @@ def _saturated(run: MeasuredRun, engine: RunEngine, curve: ServiceCurve, seed: i
     else:
         notes.append(f"outputs assumed lognormal, cv {output_cv:g}")
     context = round(prompt_mean + run.output_tokens_mean / 2)
-    kv_slots = max(1, min(slots, engine.num_kv_blocks * engine.block_size // context))
-    iteration_s = curve.iteration_s(IterationWork(0, 0, 0.0, 0, kv_slots, kv_slots * context))
-    lengths = ClassSpec(
-        prompt_tokens=_spread(prompt_mean, prompt_cv, engine.max_model_len // 4),
-        output_tokens=_spread(run.output_tokens_mean, output_cv, engine.max_model_len // 2),
-    )
-    warm_up = 2 * users
-    return ReplayLoad(
-        workload=WorkloadSpec(
-            classes={"measured": lengths},
-            load=ClosedLoop(users=users, ramp_up_s=run.output_tokens_mean * iteration_s),
+    batch = max(1, min(slots, engine.num_kv_blocks * engine.block_size // context))
+    iteration_s = curve.iteration_s(IterationWork(0, 0, 0.0, 0, batch, batch * context))
+    rate_rps = SATURATED_RATE * batch / (run.output_tokens_mean * iteration_s)
+    warm_up, measured = 2 * slots, max(SATURATED_REQUESTS, 2 * slots)
+    n = round(SATURATED_RATE * (warm_up + measured)) + 2 * slots
+    longest = min(LONGEST_CHAT_PROMPT_TOKENS, engine.max_model_len // 4), engine.max_model_len // 2
+    trace = TraceTable(
+        arrival_s=np.arange(n) / rate_rps,
+        prompt_tokens=_lognormal(prompt_mean, prompt_cv, longest[0], stream(seed, "prompt_tokens").standard_normal(n)),
+        output_tokens=_lognormal(
+            run.output_tokens_mean, output_cv, longest[1], stream(seed, "output_tokens").standard_normal(n)
         ),
-        run=RunSpec(requests=max(300, 2 * users), warm_up_requests=warm_up, seed=seed),
-        data=WorkloadData(),
-        load=float(users),
-        warm_up_requests=warm_up,
+    )
+    return ReplayLoad(
+        workload=_trace_workload(run),
+        run=RunSpec(requests=measured, warm_up_requests=warm_up, seed=seed),
+        data=WorkloadData(trace=trace),
+        load=nan,
+        first_request=0,
+        over_window=True,
         random=True,
         notes=tuple(notes),
     )
@@ -249,8 +268,20 @@ def _drawn(mean: float, std: float, n: int, rng: np.random.Generator) -> NDArray
     return np.maximum(np.rint(rng.normal(mean, std, n)), 1).astype(np.int64)
 
 
-def _spread(mean: float, cv: float, longest: int | None = None) -> Distribution:
-    return Lognormal(mean=mean, cv=cv, min=1, max=longest) if cv > 0 else Fixed(value=mean)
+def _lognormal(mean: float, cv: float, longest: int, normal: NDArray[np.float64]) -> NDArray[np.int64]:
+    variance = np.log1p(cv**2)
+    lengths = np.rint(mean * np.exp(np.sqrt(variance) * normal - variance / 2))
+    tokens: NDArray[np.int64] = np.clip(lengths, 1, longest).astype(np.int64)
+    return tokens
+
+
+def _spread(mean: float, cv: float) -> Distribution:
+    return Lognormal(mean=mean, cv=cv, min=1) if cv > 0 else Fixed(value=mean)
+
+
+def _trace_workload(run: MeasuredRun) -> WorkloadSpec:
+    lengths = ClassSpec(prompt_tokens=Fixed(value=1), output_tokens=Fixed(value=1))  # a trace brings its own
+    return WorkloadSpec(classes={"measured": lengths}, load=Trace(file=run.run_id, format="timed_trace"))
 
 
 def _or(value: float, otherwise: float) -> float:

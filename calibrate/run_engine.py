@@ -63,7 +63,7 @@ def run_engine(run: MeasuredRun) -> RunEngine:
     """
     try:
         model = find_model(_MODELS.get(run.model, run.model))
-        gpu = find_gpu(run.gpu.removesuffix(" (inferred)"))
+        gpu = gpu_of_run(run)
         quantization = find_quantization(_QUANTIZATIONS.get(run.quantization, run.quantization))
     except UnknownNameError as error:
         raise CannotPredictError(f"{error.kind} {error.value} is not in the catalogue") from None
@@ -115,6 +115,15 @@ def run_engine(run: MeasuredRun) -> RunEngine:
         async_scheduling=schedules_asynchronously(run.engine_version),
         notes=tuple(notes),
     )
+
+
+def gpu_of_run(run: MeasuredRun) -> Gpu:
+    """Return the GPU of a run, also where its name says that the source did not state it.
+
+    Raises:
+        UnknownNameError: the catalogue lacks it.
+    """
+    return find_gpu(run.gpu.removesuffix(" (inferred)"))
 
 
 def schedules_asynchronously(engine_version: str) -> bool | None:

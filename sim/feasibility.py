@@ -165,13 +165,14 @@ def _routed_as(name: str, classes: list[str], router: RouterSpec | None) -> Iter
 
 def _check_router(file: FleetFile, router: RouterSpec, path: Path, mistakes: Mistakes) -> None:
     classes = list(file.workload.classes)
-    given = router.model_fields_set
+    # A default spelled out says nothing, so that a resolved file can be simulated again.
+    given = {name for name, value in router if value != type(router).model_fields[name].default}
     if "spill_over_outstanding" in given and router.policy != "class_with_spill_over":
         problem = f"has no meaning with policy {router.policy}"
         mistakes.add((*path, "spill_over_outstanding"), problem, ", it belongs to class_with_spill_over")
     if router.policy not in ("class", "class_with_spill_over"):
         for field in ("replica_policy", "accuracy", "confusion"):
-            if field in given and getattr(router, field) is not None:
+            if field in given:
                 problem = f"has no meaning with policy {router.policy}, which ignores classes"
                 mistakes.add((*path, field), problem, ", remove it (null removes an inherited one)")
         return

@@ -25,7 +25,14 @@ LOAD_COLUMNS = ("load_kind", "users", "rate_rps")
 COUNTS = ("sent", *STATUSES, "measured", "preemptions")
 THROUGHPUTS = ("request_throughput", "output_throughput", "total_token_throughput", "request_goodput", "good_share")
 LATENCIES = ("ttft", "tpot", "itl", "e2el")
-WAITS = ("router_wait", "router_service", "front_end_wait", "front_end_service", "engine_queue")
+WAITS = (
+    "router_wait",
+    "router_service",
+    "front_end_wait",
+    "front_end_service",
+    "engine_queue",
+    "first_token_delivery",
+)
 CONSTANTS = ("gpus", "cost_per_hour")
 """Columns that are the same in every replication."""
 
@@ -68,11 +75,14 @@ def wait_s(requests: Requests, fleet: Fleet) -> dict[str, Floats]:
     """Time of each request at each stop before the engine works on it, by the names of ``WAITS``.
 
     ``front_end_wait`` is the queue before the replica's front end and ``front_end_service`` the front end's own work;
-    ``engine_queue`` lasts until the first iteration with a chunk of the request. Network delays, which the fleet
+    ``engine_queue`` lasts until the first iteration with a chunk of the request, and ``first_token_delivery`` from the
+    end of the iteration that makes the first token until the user has it: the way out, through front end and router
+    with all their other tokens. Network delays, which the fleet
     states, belong to neither side and are taken out. Without a router the front end follows the send directly.
     """
     at_front_end = _times(requests, "front_end_start_s")
     at_engine = _times(requests, "engine_arrival_s")
+    network_s = 0.0 if fleet.router is None else fleet.router.user_network_s + fleet.router.expert_network_s
     if fleet.router is None:
         router_wait = router_service = np.full(len(at_engine), np.nan)
         front_end_wait = at_front_end - _times(requests, "sent_s")
@@ -86,6 +96,9 @@ def wait_s(requests: Requests, fleet: Fleet) -> dict[str, Floats]:
         "front_end_wait": _without_rounding(front_end_wait),
         "front_end_service": at_engine - at_front_end,
         "engine_queue": _without_rounding(_times(requests, "scheduled_s") - at_engine),
+        "first_token_delivery": _without_rounding(
+            _times(requests, "first_token_s") - _times(requests, "first_token_engine_s") - network_s
+        ),
     }
 
 

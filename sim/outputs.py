@@ -45,8 +45,10 @@ def write_result(result: Result, folder: Path, formats: Collection[str] = DEFAUL
         _write_parquet(paths[-1], result)
     if "vllm" in formats:
         (folder / "vllm").mkdir(exist_ok=True)
+        labels = _file_labels(result)
         for run in result.runs:
-            paths.append(folder / "vllm" / _vllm_name(run.fleet, run.load_kind, run.load, run.replication))
+            name = _vllm_name(labels[run.fleet], run.load_kind, run.load, run.replication)
+            paths.append(folder / "vllm" / name)
             _write_text(paths[-1], _strict_json(vllm_result(run, result.fleets[run.fleet], result.file)))
     pictures = [form for form in ("png", "svg") if form in formats]
     if pictures and result.runs:
@@ -169,10 +171,22 @@ def _write_pictures(folder: Path, result: Result, forms: list[str]) -> list[Path
     return paths
 
 
-def _vllm_name(fleet: str, load_kind: str, load: float, replication: int) -> str:
-    """``{fleet}-{load}-r{replication}.json``, with characters that file systems dislike replaced."""
-    label = {"closed_loop": f"concurrency{load:g}", "open_loop": f"{load:g}qps"}.get(load_kind, load_kind)
-    return f"{re.sub(r'[^A-Za-z0-9._-]+', '_', fleet)}-{label}-r{replication}.json"
+def _file_labels(result: Result) -> dict[str, str]:
+    """Return a file name's part for each fleet: characters that file systems dislike replaced, never two alike."""
+    labels: dict[str, str] = {}
+    for fleet in result.fleets:
+        label = plain = re.sub(r"[^A-Za-z0-9._-]+", "_", fleet)
+        number = 2
+        while label in labels.values():
+            label, number = f"{plain}-{number}", number + 1
+        labels[fleet] = label
+    return labels
+
+
+def _vllm_name(fleet_label: str, load_kind: str, load: float, replication: int) -> str:
+    """``{fleet}-{load}-r{replication}.json``."""
+    load_label = {"closed_loop": f"concurrency{load:g}", "open_loop": f"{load:g}qps"}.get(load_kind, load_kind)
+    return f"{fleet_label}-{load_label}-r{replication}.json"
 
 
 def _strict_json(value: Any) -> str:

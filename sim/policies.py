@@ -75,7 +75,7 @@ def by_class(experts: Sequence[int]) -> int:
 
 
 def by_class_with_spill_over(experts: Sequence[int], pools: Sequence[Pool[R]], saturated_at: Sequence[float]) -> int:
-    """The first expert of the class that is not saturated; the preferred one when all are.
+    """The first expert of the class that is not saturated; when all are, the one with the fewest per replica.
 
     Args:
         experts: of the class, the preferred one first.
@@ -86,4 +86,8 @@ def by_class_with_spill_over(experts: Sequence[int], pools: Sequence[Pool[R]], s
         replicas = pools[expert].replicas
         if sum(replica.outstanding for replica in replicas) < saturated_at[expert] * len(replicas):
             return expert
-    return experts[0]
+    return min(experts, key=lambda expert: _mean_outstanding(pools[expert]))
+
+
+def _mean_outstanding(pool: Pool[R]) -> float:
+    return sum(replica.outstanding for replica in pool.replicas) / len(pool.replicas)

@@ -231,8 +231,8 @@ class Replica:
         slope_s, decodes = self._slope_s, batch.decodes
         used_blocks = engine.kv.num_blocks - engine.kv.free
         self._runs = run + 1
-        self._log.extend(
-            (
+        self._log.fromlist(
+            [
                 self._start_s,
                 end_s,
                 length,
@@ -242,7 +242,7 @@ class Replica:
                 decodes + len(chunks),
                 (self._kv_blocks + used_blocks) / 2,
                 self._preempted,
-            )
+            ]
         )
         self._delay_s = delay_s
         if self._trace is not None:

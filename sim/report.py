@@ -85,6 +85,7 @@ EXPERT_COLUMNS = (
     Column("KV %\nmax", "kv_usage_max", 2, scale=100),
     Column("pre-\nempted", "preemptions", 4),
     Column("busy\n%", "utilization", 1, scale=100),
+    Column("front\nend %", "front_end_utilization", 2, scale=100),
     Column("failed", "failed", 1),
     Column("GPUs", "gpus", 5),
 )

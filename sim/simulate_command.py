@@ -70,6 +70,8 @@ def command(
     if formats and out is None:
         raise click.UsageError("--format needs --out, the folder to write into")
     try:
+        if out is not None:
+            make_folder(out)
         with fleet_path(file) as path:
             fleet_file = load_fleet(path, overrides)
             traced = None if chrome_trace is None else find_replica(fleet_file, chrome_trace)
@@ -85,6 +87,9 @@ def command(
     except (FleetFileError, TraceError, ValueError) as error:
         messages.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(2) from None
+    if not result.runs:
+        messages.print("interrupted before the first run had finished: nothing to show", style="yellow")
+        raise SystemExit(130)
     if as_json:
         click.echo(result_json(result))
     else:
@@ -99,6 +104,21 @@ def command(
     if result.interrupted:
         messages.print(f"interrupted: the figures cover the {len(result.runs)} finished runs", style="yellow")
         raise SystemExit(130)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder to write into, before anything is computed for it.
+
+    Raises:
+        ValueError: it cannot be made or written into.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".expert-router.probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"--out {folder}: cannot be written into: {error.strerror}") from error
 
 
 HOW_TO_GO_ON = """

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from math import isnan, nan
 from typing import Any
 
+from numpy.typing import NDArray
 from simpy import Environment
 from simpy.events import Event, Timeout
 
@@ -19,13 +20,35 @@ from sim.replica import Replica
 from sim.request import Request
 from sim.routing import confusion, replica_choice
 from sim.self_checks import Counted, check_run
-from sim.spec import ClosedLoop, OpenLoop, RouterSpec, RunSpec, Trace, WorkloadSpec
+from sim.spec import ClosedLoop, Fixed, OpenLoop, RouterSpec, RunSpec, Trace, WorkloadSpec
 from sim.stations import RouterStation
 from sim.streams import stream
 from sim.traffic import ClosedLoopTraffic, OpenTraffic, TraceTraffic, WorkloadData
 from sim.users import ClosedLoopUsers, arriving_requests
 
 PROGRESS_STEPS = 50
+MAX_IN_FLIGHT = 200_000
+"""Requests in flight at which an open loop or a trace is stopped: far beyond what any fleet here holds, and memory."""
+
+
+STEADY = 0.05
+IN_STEP = (
+    "users start at once, and with constant lengths and think time they stay in step: TTFT is that of their bursts; "
+    "vary lengths or think time, or set ramp_up_s"
+)
+
+
+def in_step(workload: WorkloadSpec, users: float) -> bool:
+    """Whether users send in bursts for ever because nothing ever puts them out of step."""
+    load = workload.load
+    return (
+        isinstance(load, ClosedLoop)
+        and users > 1
+        and not load.ramp_up_s
+        and isinstance(load.think_time_s, Fixed)
+        and all(isinstance(spec.output_tokens, Fixed) for spec in workload.classes.values())
+        and len({(spec.output_tokens, spec.prompt_tokens) for spec in workload.classes.values()}) == 1
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,11 +148,17 @@ class Simulation:
         self._arrivals: Iterator[Request] = iter(())
         self._measured, self._warm_up = completions_to_measure(plan.workload, plan.run, plan.load)
         self._last = None if self._measured is None else self._warm_up + self._measured
+        load = plan.workload.load
+        self._ramp_up_s = load.ramp_up_s if isinstance(load, ClosedLoop) else 0.0
+        self._warm = False
         self._progress_step = max(1, (self._last or 0) // PROGRESS_STEPS)
         self._window_start_s = nan
         self._at_start = [(0.0, 0.0) for _ in self.replicas]  # waiting area, front-end busy time
         self._router_busy_at_start_s = 0.0
         self._router_area_at_start_s = 0.0
+        self._in_flight_at_start = 0
+        self._system_area_at_start_s = 0.0
+        self._stopped = ""
         self._done = env.event()
 
     def run(self) -> RunRecord:
@@ -143,7 +172,9 @@ class Simulation:
         if plan.run.warm_up_s is not None:
             self._at(plan.run.warm_up_s, lambda event: self._open_window(env.now))
         elif not self._warm_up:
-            self._open_window(0.0)
+            self._warm = True
+            if not self._ramp_up_s:
+                self._open_window(0.0)
         with _rare_garbage_collection():
             env.run(until=self._done if plan.run.duration_s is None else plan.run.duration_s)
         return self._record()
@@ -177,6 +208,11 @@ class Simulation:
             self._at(request.sent_s + self._user_network_s, self._on_open_arrival, [request])
 
     def _on_open_arrival(self, event: Event) -> None:
+        if len(self._active) > MAX_IN_FLIGHT:
+            if not self._done.triggered:
+                self._stopped = f"stopped with {len(self._active):,} requests in flight: the load exceeds the fleet"
+                self._done.succeed()
+            return
         self._expect_next_arrival()
         self._on_router_arrivals(event)
 
@@ -288,11 +324,15 @@ class Simulation:
         before = self.counted.ended
         ended = self.counted.ended = before + len(requests)
         if before < self._warm_up <= ended:
+            self._warm = True
+        if self._warm and isnan(self._window_start_s) and now_s >= self._ramp_up_s:
             self._open_window(now_s)
+            if self._measured is not None:
+                self._last = ended + self._measured
         if self._last is not None:
             if self._progress is not None and ended // self._progress_step > before // self._progress_step:
                 self._progress(min(1.0, ended / self._last))
-            if ended >= self._last:
+            if ended >= self._last and not isnan(self._window_start_s):
                 if not self._done.triggered:
                     self._done.succeed()
                 return
@@ -305,6 +345,8 @@ class Simulation:
 
     def _open_window(self, now_s: float) -> None:
         self._window_start_s = now_s
+        self._in_flight_at_start = self.counted.in_system.count
+        self._system_area_at_start_s = self.counted.in_system.area_until(now_s)
         self._at_start = [(r.waiting_area_until(now_s), r.front_end.busy_s) for r in self.replicas]
         if self.router is not None:
             self._router_busy_at_start_s = self.router.busy_until(now_s)
@@ -316,6 +358,8 @@ class Simulation:
         if isnan(self._window_start_s):
             notes.append("the run ended before its warm-up did: nothing was measured; give a longer run")
             self._window_start_s = end_s
+        if self._stopped:
+            notes.append(self._stopped)
         for request in self._active.values():
             if request.sent_s <= end_s:
                 self._recorder.add(request, IN_FLIGHT)
@@ -326,6 +370,9 @@ class Simulation:
                 column[in_flight & (column > end_s)] = nan  # known to the simulator, but not yet happened
         start_user_s = self._window_start_s + (self._user_network_s if self._window_start_s else 0.0)
         window_s = (start_user_s, end_s + self._user_network_s)
+        notes += self._unsteady(requests, window_s, end_s)
+        if in_step(plan.workload, plan.load):
+            notes.append(IN_STEP)
         notes += [note for replica in self.replicas for note in _extrapolations(replica)]
         checks = check_run(
             self.counted, requests, self.replicas, end_s, self._user_network_s, plan.fleet.router is not None
@@ -348,6 +395,33 @@ class Simulation:
             notes=tuple(dict.fromkeys(notes)),
             checks=checks,
         )
+
+    def _unsteady(self, requests: dict[str, NDArray[Any]], window_s: tuple[float, float], end_s: float) -> list[str]:
+        """Say so when the window's figures are not those of a steady state."""
+        length_s = window_s[1] - window_s[0]
+        last_s = requests["last_token_s"]
+        measured = (requests["status"] == COMPLETED) & (last_s > window_s[0]) & (last_s <= window_s[1])
+        if length_s <= 0:
+            return []
+        if not measured.any():
+            return ["no request completed in the measured time; give a longer run"]
+        if self._users is None:
+            before, after = self._in_flight_at_start, self.counted.in_system.count
+            if after > 1.5 * before + 20:
+                return [
+                    f"not steady: requests in flight grew from {before:,} to {after:,} while measuring, so the load "
+                    "exceeds the fleet and latencies grow with the length of the run"
+                ]
+            return []
+        # Little's law holds over any window for those in it; when those who left it differ, it is too short.
+        inside = (self.counted.in_system.area_until(end_s) - self._system_area_at_start_s) / length_s
+        left = measured.sum() / length_s * float((last_s - requests["sent_s"])[measured].mean())
+        if inside and abs(left / inside - 1) > STEADY:
+            return [
+                f"not steady: throughput times latency is over {STEADY:.0%} off the requests in flight; measure longer "
+                "(run.requests_per_user)"
+            ]
+        return []
 
     def _router_stats(self, end_s: float) -> RouterStats | None:
         spec = self._plan.fleet.router

@@ -234,7 +234,7 @@ class OpenLoop(Spec):
 
     kind: Literal["open_loop"] = "open_loop"
     rate_rps: Annotated[float, Field(gt=0)] | Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
-    burstiness: Annotated[float, Field(gt=0)] = 1.0
+    burstiness: Annotated[float, Field(ge=0.01)] = 1.0
 
 
 class Trace(Spec):

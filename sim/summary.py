@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 CONFIDENCE = 0.95
 IDENTITY = ("fleet", *LOAD_COLUMNS, "expert", "replications")
 MEANS = tuple(name for name in replication_columns() if name not in {*IDENTITY, *COUNTS, *CONSTANTS, "replication"})
+_SHARES = np.array([name.endswith(("utilization", "kv_usage", "kv_usage_max", "_share")) for name in MEANS])
 _TIMES = np.array([name.endswith("_ms") for name in MEANS])
 
 
@@ -74,6 +75,8 @@ def _summary_row(group: list[Row]) -> Row:
     half = np.divide(highs - means, means, out=np.zeros_like(means), where=times)
     lows = np.where(times, means * np.exp(-half), lows)
     highs = np.where(times, means * np.exp(half), highs)
+    lows = np.maximum(lows, 0.0)  # no figure of a run is negative
+    highs = np.where(_SHARES, np.minimum(highs, 1.0), highs)
     mean, low, high = means.tolist(), lows.tolist(), highs.tolist()
     for column, name in enumerate(MEANS):
         row |= {name: mean[column], f"{name}_low": low[column], f"{name}_high": high[column]}

@@ -1,0 +1,118 @@
+"""``expert-router calibrate fit``: from a table of measured runs to profiles."""
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from calibrate.fit import Calibration, EngineGroup
+    from calibrate.profiles import ExpertKey
+
+
+@click.command("fit", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("runs", type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "--expert",
+    "experts",
+    multiple=True,
+    metavar="MODEL/QUANTIZATION/GPU/TP",
+    help="Write a profile of this expert, measured or not; may be repeated. Default: all that were measured.",
+)
+@click.option("--llama-family", is_flag=True, help="Write profiles of the Llama experts that come with the package.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("profiles"),
+    show_default=True,
+    help="Folder for the profiles.",
+)
+@click.option("--engine", metavar="NAME", help="End of the profiles' names, such as vllm-0.15; default: from the version.")
+@click.option(
+    "--engine-version",
+    metavar="TEXT",
+    help="Whose overheads the profiles take, such as 'vLLM 0.15.1'; default: the version most rows were measured on.",
+)
+def fit_command(
+    runs: Path,
+    experts: tuple[str, ...],
+    llama_family: bool,
+    out: Path,
+    engine: str | None,
+    engine_version: str | None,
+) -> None:
+    """Fit corrections of the roofline and engine overheads to RUNS (CSV) and write one profile per expert.
+
+    Prints every parameter with its interval, the errors on experiments left out of the fit, what was not used and why,
+    and what to measure next.
+    """
+    from calibrate.fit import GROUPS, fit, group_of_version, held_out_errors
+    from calibrate.fit_report import print_fit, print_knowledge, print_suggestions
+    from calibrate.measured_runs import MeasurementError, read_measured_runs
+    from calibrate.next_measurements import candidate_points, knowledge, suggest
+    from calibrate.profiles import expert_key, make_profile, provenance_of, write_profiles
+    from calibrate.profiles import llama_family as llama_experts
+
+    messages, console = Console(stderr=True), Console()
+    try:
+        asked = [*map(expert_key, experts), *(llama_experts() if llama_family else [])]
+        measured = read_measured_runs(runs)
+        calibration = fit(measured)
+        held_out = {group: held_out_errors(measured, group) for group in GROUPS if group in calibration.overheads}
+        version = engine_version or _commonest_version(calibration)
+        group = group_of_version(version)
+        known = knowledge(calibration, group)
+        keys = list(dict.fromkeys(asked)) or _measured_experts(calibration, group)
+        profiles = [
+            make_profile(
+                calibration,
+                group,
+                key,
+                engine=engine or _short(version),
+                engine_version=version,
+                held_out_errors=held_out[group],
+                provenance=provenance_of(calibration),
+            )
+            for key in keys
+        ]
+        written = write_profiles(profiles, out)
+    except (MeasurementError, ValueError, OSError) as error:
+        messages.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
+        raise SystemExit(2) from None
+    print_fit(calibration, held_out, console)
+    for each in held_out:
+        print_knowledge(each, known if each is group else knowledge(calibration, each), console)
+    points = candidate_points(_suggestible(calibration, keys), version)
+    print_suggestions(known[0].name, suggest(calibration, group, known[0].name, points), console)
+    messages.print(f"wrote {len(written)} profiles to {out}", highlight=False)
+
+
+def _commonest_version(calibration: "Calibration") -> str:
+    """Return the engine version of most stages; the first in the table of equally common ones."""
+    return Counter(seen.run.engine_version for seen in calibration.observations).most_common(1)[0][0]
+
+
+def _short(version: str) -> str:
+    """Return ``vllm-0.15`` for "vLLM 0.15.1" and "0.15.1 (a fork)", and ``vllm`` for a text without a version."""
+    from calibrate.run_engine import VERSION
+
+    found = VERSION.match(version)
+    return f"vllm-{found[1]}.{found[2]}" if found else "vllm"
+
+
+def _measured_experts(calibration: "Calibration", group: "EngineGroup") -> "list[ExpertKey]":
+    from calibrate.profiles import key_of
+
+    return sorted({key_of(seen.run) for seen in calibration.observations if seen.group is group})
+
+
+def _suggestible(calibration: "Calibration", keys: "list[ExpertKey]") -> "list[ExpertKey]":
+    """Return the models measured or asked for, on the GPUs measured or asked for, in every split."""
+    from calibrate.profiles import TENSOR_PARALLEL_SIZES, key_of
+
+    named = sorted({*keys, *(key_of(seen.run) for seen in calibration.observations)})
+    models = dict.fromkeys((model, quantization) for model, quantization, _, _ in named)
+    gpus = dict.fromkeys(gpu for _, _, gpu, _ in named)
+    return [(*model, gpu, size) for model in models for gpu in gpus for size in TENSOR_PARALLEL_SIZES]
