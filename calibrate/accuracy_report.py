@@ -162,7 +162,11 @@ def _page(validation: Validation, command: str, peers: Mapping[str, PeerFigure])
 def _in_sample(rows: Sequence[ErrorRow]) -> str:
     profiles = {row.profile for row in rows}
     if all(profile.startswith("fit without") for profile in profiles):
-        how = "Each experiment (all loads of one server) is predicted by a fit to all the others, so none is in-sample."
+        how = (
+            "Each experiment (all loads of one server) is predicted by a fit to all the others: no fitted parameter "
+            "has seen it. The packaged front-end costs, which the fit keeps but for the delay, were set on a few "
+            "of the runs (`sim/data/roofline.json` says which)."
+        )
     elif profiles == {"roofline"}:
         how = (
             "The roofline predicts: kernel efficiencies are from operator times, not from these runs. Its host "

@@ -137,3 +137,8 @@ def _command_line() -> str:
         for each in value if isinstance(value, tuple) else [value]:
             words += option if each is True else [*option, each.name if isinstance(each, Path) else str(each)]
     return " ".join(words)
+
+
+from calibrate.fit_command import fit_command  # noqa: E402
+
+command.add_command(fit_command)

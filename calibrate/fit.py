@@ -8,9 +8,9 @@ Five more belong to an engine version: host time per iteration and per sequence,
 A measured mean time per output token (or median gap between tokens) is the time of a decode iteration at the measured
 concurrency, plus each iteration's share of prefills. The fit minimises relative errors by non-negative least squares,
 with a prior that holds the corrections near 1 by the spread of the kernel measurements, and Huber weights that keep a
-single odd run from steering it (Huber 1964). Intervals come from refitting to resampled experiments, whole experiments
-at a time, because the stages of one share what is odd about it; the prior is drawn anew each time, so that a correction
-that no run tells of is as uncertain as its prior.
+single odd run from steering it (Huber 1964). Intervals are the wider of two: refits to resampled experiments, whole
+experiments at a time, because the stages of one share what is odd about it; and the spread of the linear model with
+known noise and prior, which holds where few experiments tell of a parameter, or none does.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -43,8 +43,19 @@ NOISE = 0.03
 """Relative error of one measured stage: repeated experiments with one model differ by 1 to 3 %."""
 HUBER = 1.5
 """Residuals, in units of NOISE, beyond which a stage counts less (Huber 1964)."""
+UNKNOWN_SPREAD = {
+    "per_iteration_s": 1e-3,
+    "per_sequence_s": 5e-5,
+    "filter_fixed_s": 1e-3,
+    "top_p_passes": 200.0,
+    "top_k_passes": 200.0,
+}
+"""How far overheads may plausibly be from any value: about the largest fitted to any engine. Intervals take it as the
+standard deviation before any measurement; the fit itself has no such prior, for it forbids what this rules out: of two
+overheads that always occur together one far below zero, the other far above."""
 RESAMPLES = 200
 CONFIDENCE = 0.9
+_NORMAL_QUANTILE = 1.645  # of a normal distribution, for CONFIDENCE
 
 DISTINCT_PROMPTS = 100
 """The load generator of the open-loop runs sent this many prompts over and over, so later ones hit the prefix cache."""
@@ -106,7 +117,7 @@ class Observation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """A fitted parameter and its 90 % interval over resampled experiments."""
+    """A fitted parameter and its 90 % interval."""
 
     value: float
     low: float
@@ -186,7 +197,7 @@ def fit(runs: Iterable[MeasuredRun], *, without: Collection[str] = (), resamples
         runs: any; flagged ones, mixtures of experts and ones the model of a steady iteration does not fit are left out
             and counted.
         without: experiments to leave out, to be predicted by a fit that has not seen them.
-        resamples: refits for the intervals; 0: every interval is its value.
+        resamples: refits for the intervals; 0: no intervals, each is its value.
 
     Raises:
         ValueError: no run is left to fit to.
@@ -208,19 +219,21 @@ def fit(runs: Iterable[MeasuredRun], *, without: Collection[str] = (), resamples
     value = solve(design, measured_s)
     experiments = sorted({seen.run.exp for seen in observations})
     rows_of = [np.flatnonzero([seen.run.exp == name for seen in observations]) for name in experiments]
-    spreads = [PRIOR_SPREAD[name] for name in CORRECTIONS]
-    resampled = [value]
+    resampled = []
     for number in range(resamples):
         drawn = stream(0, "experiments", number).integers(len(experiments), size=len(experiments))
         rows = np.concatenate([rows_of[index] for index in drawn])
-        prior = stream(0, "prior", number).normal(1.0, spreads)
-        resampled.append(solve(design[rows], measured_s[rows], prior))
-    low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
-    for column in np.flatnonzero(~design.any(axis=0)):
-        if column >= len(CORRECTIONS):
-            value[column], low[column], high[column] = _unseen_overhead(column)
+        resampled.append(solve(design[rows], measured_s[rows]))
+    for column in range(len(CORRECTIONS), len(value)):
+        if not design[:, column].any():
+            value[column] = _unseen_overhead(column)
+    errors = design @ value / measured_s - 1
+    low, high = np.quantile([*resampled, value], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+    if resamples:
+        margin = _NORMAL_QUANTILE * np.sqrt(np.diag(covariance(design / measured_s[:, None], errors)))
+        low, high = np.minimum(low, value - margin), np.maximum(high, value + margin)
     estimates = [
-        Estimate(value=float(v), low=float(min(lo, v)), high=float(max(hi, v)))
+        Estimate(value=float(v), low=max(0.0, float(min(lo, v))), high=float(max(hi, v)))
         for v, lo, hi in zip(value, low, high, strict=True)
     ]
     seen_groups = [group for group in GROUPS if any(seen.group is group for seen in observations)]
@@ -232,36 +245,49 @@ def fit(runs: Iterable[MeasuredRun], *, without: Collection[str] = (), resamples
         observations=tuple(observations),
         experiments=tuple(experiments),
         left_out=left_out,
-        errors=design @ value / measured_s - 1,
+        errors=errors,
     )
     for group in seen_groups:
         calibration.delays_s[group] = _front_end_delay_s(calibration, group)
     return calibration
 
 
-def _unseen_overhead(column: int) -> tuple[float, float, float]:
-    """Return value, low and high of an overhead that no run tells of: the roofline's, from nothing to twice as much."""
+def _unseen_overhead(column: int) -> float:
+    """Return the roofline's value of an overhead that no run tells of."""
     number, field = divmod(column - len(CORRECTIONS), len(OVERHEADS))
-    assumed = packaged_factors().overhead(async_scheduling=GROUPS[number].async_scheduling)
-    value: float = getattr(assumed, OVERHEADS[field])
-    return value, 0.0, 2 * value
+    assumed: float = getattr(
+        packaged_factors().overhead(async_scheduling=GROUPS[number].async_scheduling), OVERHEADS[field]
+    )
+    return assumed
 
 
-def solve(
-    design: NDArray[np.float64], measured_s: NDArray[np.float64], prior: NDArray[np.float64] | None = None
-) -> NDArray[np.float64]:
+def covariance(relative: NDArray[np.float64], errors: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the covariance of the parameters at the solution.
+
+    Args:
+        relative: shape (observations, parameters), terms over measured times.
+        errors: shape (observations,), relative errors of the solution.
+    """
+    # In units of the prior's spreads the prior is the identity, and the inverse is well conditioned.
+    overheads = [UNKNOWN_SPREAD[name] for name in OVERHEADS]
+    spreads = np.array([PRIOR_SPREAD[name] for name in CORRECTIONS] + overheads * len(GROUPS))
+    rows = relative * spreads * np.sqrt(huber_weights(errors))[:, None] / NOISE
+    scaled = np.linalg.inv(np.eye(len(spreads)) + rows.T @ rows)
+    return np.asarray(spreads[:, None] * scaled * spreads)
+
+
+def solve(design: NDArray[np.float64], measured_s: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the non-negative parameters of least Huber loss of relative errors, under the prior on the corrections.
 
     Args:
         design: shape (observations, parameters), seconds per unit of each parameter.
         measured_s: shape (observations,).
-        prior: shape (corrections,), where the prior holds them; None: at 1.
     """
     parameters = design.shape[1]
     prior_rows = np.zeros((len(CORRECTIONS), parameters))
     for row, name in enumerate(CORRECTIONS):
         prior_rows[row, row] = 1 / PRIOR_SPREAD[name]
-    prior_values = prior_rows[:, : len(CORRECTIONS)] @ (np.ones(len(CORRECTIONS)) if prior is None else prior)
+    prior_values = prior_rows.sum(axis=1)  # all corrections at 1
     relative = design / measured_s[:, None] / NOISE
     # Columns differ by many powers of ten (a share, seconds, passes); alike, nnls stays accurate.
     scale = np.maximum(np.abs(np.vstack([relative, prior_rows])).max(axis=0), 1e-300)
@@ -493,16 +519,30 @@ def leave_one_out(runs: Sequence[MeasuredRun]) -> Callable[[str], Calibration]:
     return without
 
 
-def held_out_errors(runs: Sequence[MeasuredRun], group: EngineGroup) -> list[tuple[Observation, float]]:
-    """Return each observation of a group with the relative error of the fit that left its experiment out."""
-    without = leave_one_out(runs)
-    errors = []
-    for run in runs:
-        seen = observe(run)
-        if isinstance(seen, str) or seen.group is not group:
+HeldOut = Sequence[tuple[Observation, float]]
+"""Observations with the relative errors of fits that had not seen them."""
+
+
+def held_out_errors(
+    runs: Iterable[MeasuredRun], group: EngineGroup, unit: Callable[[MeasuredRun], str] = lambda run: run.exp
+) -> HeldOut:
+    """Return each observation of a group with the relative error of the fit to the runs of all other units.
+
+    Args:
+        runs: as ``fit`` takes them.
+        group: what does not tell of its overheads without the unit is left out.
+        unit: what a run belongs to that is left out as a whole; by default its experiment.
+    """
+    observations = [seen for seen in map(observe, runs) if not isinstance(seen, str)]
+    errors: list[tuple[Observation, float]] = []
+    for name in sorted({unit(seen.run) for seen in observations if seen.group is group}):
+        others = [seen.run for seen in observations if unit(seen.run) != name]
+        if not any(group_of(run) is group for run in others):
             continue
-        calibration = without(run.exp)
-        if group not in calibration.overheads:
-            continue
-        errors.append((seen, float(seen.terms @ calibration.parameters() / seen.measured_s - 1)))
+        value = fit(others, resamples=0).parameters()
+        errors += [
+            (seen, float(seen.terms @ value / seen.measured_s - 1))
+            for seen in observations
+            if seen.group is group and unit(seen.run) == name
+        ]
     return errors

@@ -1,5 +1,6 @@
 """``expert-router calibrate fit``: from a table of measured runs to profiles."""
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
     show_default=True,
     help="Folder for the profiles.",
 )
-@click.option("--engine", metavar="NAME", help="End of the profiles' names, such as vllm-0.15; default: from the version.")
+@click.option(
+    "--engine", metavar="NAME", help="End of the profiles' names, such as vllm-0.15; default: from the version."
+)
 @click.option(
     "--engine-version",
     metavar="TEXT",
@@ -48,11 +51,11 @@ def fit_command(
     Prints every parameter with its interval, the errors on experiments left out of the fit, what was not used and why,
     and what to measure next.
     """
-    from calibrate.fit import GROUPS, fit, group_of_version, held_out_errors
-    from calibrate.fit_report import print_fit, print_knowledge, print_suggestions
+    from calibrate.fit import fit, group_of_version, held_out_errors
+    from calibrate.fit_report import print_fit, print_suggestions
     from calibrate.measured_runs import MeasurementError, read_measured_runs
     from calibrate.next_measurements import candidate_points, knowledge, suggest
-    from calibrate.profiles import expert_key, make_profile, provenance_of, write_profiles
+    from calibrate.profiles import expert_key, find_held_out_errors, make_profile, provenance_of, write_profiles
     from calibrate.profiles import llama_family as llama_experts
 
     messages, console = Console(stderr=True), Console()
@@ -60,10 +63,10 @@ def fit_command(
         asked = [*map(expert_key, experts), *(llama_experts() if llama_family else [])]
         measured = read_measured_runs(runs)
         calibration = fit(measured)
-        held_out = {group: held_out_errors(measured, group) for group in GROUPS if group in calibration.overheads}
         version = engine_version or _commonest_version(calibration)
         group = group_of_version(version)
-        known = knowledge(calibration, group)
+        calibration.point_overhead(group)  # a group that was not measured ends here
+        errors = find_held_out_errors(measured, group)
         keys = list(dict.fromkeys(asked)) or _measured_experts(calibration, group)
         profiles = [
             make_profile(
@@ -72,7 +75,7 @@ def fit_command(
                 key,
                 engine=engine or _short(version),
                 engine_version=version,
-                held_out_errors=held_out[group],
+                held_out=errors,
                 provenance=provenance_of(calibration),
             )
             for key in keys
@@ -81,11 +84,12 @@ def fit_command(
     except (MeasurementError, ValueError, OSError) as error:
         messages.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(2) from None
-    print_fit(calibration, held_out, console)
-    for each in held_out:
-        print_knowledge(each, known if each is group else knowledge(calibration, each), console)
+    known = {each: knowledge(calibration, each) for each in calibration.overheads}
+    held_out = {each: errors.by_experiment if each is group else held_out_errors(measured, each) for each in known}
+    print_fit(calibration, known, held_out, console)
+    worst = known[group][0]
     points = candidate_points(_suggestible(calibration, keys), version)
-    print_suggestions(known[0].name, suggest(calibration, group, known[0].name, points), console)
+    print_suggestions(group, worst, suggest(calibration, group, worst.name, points), console)
     messages.print(f"wrote {len(written)} profiles to {out}", highlight=False)
 
 
@@ -96,9 +100,7 @@ def _commonest_version(calibration: "Calibration") -> str:
 
 def _short(version: str) -> str:
     """Return ``vllm-0.15`` for "vLLM 0.15.1" and "0.15.1 (a fork)", and ``vllm`` for a text without a version."""
-    from calibrate.run_engine import VERSION
-
-    found = VERSION.match(version)
+    found = re.search(r"(\d+)\.(\d+)", version)
     return f"vllm-{found[1]}.{found[2]}" if found else "vllm"
 
 

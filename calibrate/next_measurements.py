@@ -14,15 +14,13 @@ from numpy.typing import NDArray
 
 from calibrate.fit import (
     CORRECTIONS,
-    GROUPS,
     NOISE,
     OVERHEADS,
-    PRIOR_SPREAD,
     Calibration,
     EngineGroup,
     Estimate,
     Observation,
-    huber_weights,
+    covariance,
     observe,
     overhead_columns,
 )
@@ -33,23 +31,13 @@ BATCHES = (1, 8, 32, 64, 128, 256)
 PROMPT_TOKENS, OUTPUT_TOKENS = 200, 1600
 """Lengths of a suggested measurement: chat prompts, and outputs so long that few iterations carry a prefill."""
 
-UNKNOWN_SPREAD = {
-    "per_iteration_s": 1e-3,
-    "per_sequence_s": 5e-5,
-    "filter_fixed_s": 1e-3,
-    "top_p_passes": 200.0,
-    "top_k_passes": 200.0,
-}
-"""Standard deviations of overheads before any measurement: about the largest fitted to any engine. The fit has no such
-prior, but forbids what it rules out: two overheads that always occur together, one far below zero, one far above."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Knowledge:
     """What a fit knows of one parameter.
 
     Attributes:
-        estimate: value and 90 % interval, by resampled experiments.
+        estimate: value and 90 % interval.
         share: of a typical iteration that the parameter accounts for (mean over the group's observations).
         spread: standard deviation by the linear model.
         felt: by how much of a typical iteration the prediction moves with one ``spread``.
@@ -80,13 +68,13 @@ class Suggestion:
 def knowledge(calibration: Calibration, group: EngineGroup) -> list[Knowledge]:
     """Return what is known of the corrections and a group's overheads, the worst known first.
 
-    Worst is what leaves predictions of a typical iteration most uncertain: a parameter nobody feels does not come first.
+    Worst is what leaves predictions of a typical iteration most uncertain; a parameter that nobody feels comes last.
 
     Raises:
         CannotPredictError: no run of the group was in the fit.
     """
     calibration.point_overhead(group)
-    spreads = np.sqrt(np.diag(covariance(calibration)))
+    spreads = np.sqrt(np.diag(_covariance(calibration)))
     seen = [each for each in calibration.observations if each.group is group]
     per_unit = np.mean([each.terms / each.measured_s for each in seen], axis=0)
     estimates = {**calibration.corrections, **calibration.overheads[group]}
@@ -101,17 +89,6 @@ def knowledge(calibration: Calibration, group: EngineGroup) -> list[Knowledge]:
         for name, column in _columns(group).items()
     ]
     return sorted(found, key=lambda each: -each.felt)
-
-
-def covariance(calibration: Calibration) -> NDArray[np.float64]:
-    """Return the covariance of the parameters, in the order of ``Observation.terms``, at the solution."""
-    # In units of the prior's spreads the prior is the identity, and the inverse is well conditioned.
-    spreads = _prior_spreads()
-    weights = np.sqrt(huber_weights(calibration.errors))
-    rows = np.array([seen.terms / seen.measured_s for seen in calibration.observations])
-    rows = rows * spreads * (weights / NOISE)[:, None]
-    scaled = np.linalg.inv(np.eye(len(spreads)) + rows.T @ rows)
-    return np.asarray(spreads[:, None] * scaled * spreads)
 
 
 def suggest(
@@ -151,7 +128,7 @@ def narrowings(
 ) -> NDArray[np.float64]:
     """Return by what share each candidate alone would shrink the standard deviation of a parameter."""
     column = _columns(group)[parameter]
-    known = covariance(calibration)
+    known = _covariance(calibration)
     terms = np.array([point.terms for point in candidates])
     noise_s = NOISE * terms @ calibration.parameters()
     spread = terms @ known
@@ -200,6 +177,6 @@ def _columns(group: EngineGroup) -> dict[str, int]:
     return columns | {name: first + number for number, name in enumerate(OVERHEADS)}
 
 
-def _prior_spreads() -> NDArray[np.float64]:
-    overheads = [UNKNOWN_SPREAD[name] for name in OVERHEADS]
-    return np.array([PRIOR_SPREAD[name] for name in CORRECTIONS] + overheads * len(GROUPS))
+def _covariance(calibration: Calibration) -> NDArray[np.float64]:
+    relative = np.array([seen.terms / seen.measured_s for seen in calibration.observations])
+    return covariance(relative, calibration.errors)

@@ -1,12 +1,23 @@
 """From a fit to profile files, one per expert, with the error of predictions that had not seen the run."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from calibrate.fit import CORRECTIONS, OVERHEADS, Calibration, EngineGroup, Estimate, Observation, shape_of
+from calibrate.fit import (
+    CORRECTIONS,
+    OVERHEADS,
+    Calibration,
+    EngineGroup,
+    Estimate,
+    HeldOut,
+    held_out_errors,
+    shape_of,
+)
+from calibrate.measured_runs import MeasuredRun
 from sim.catalogue import find_gpu, find_model, find_quantization
 from sim.factors import Factors
 from sim.fleet import FrontEnd
@@ -38,6 +49,8 @@ LICENCE = (
     "fitted figures only; the measurements are those of the public repositories named in the provenance, under their "
     "own terms"
 )
+
+_LISTED_SOURCES = 4
 
 ExpertKey = tuple[str, str, str, int]
 """Model, quantization, GPU and tensor-parallel size, by catalogue names."""
@@ -75,7 +88,7 @@ def expert_key(text: str) -> ExpertKey:
 
 
 def why_impossible(key: ExpertKey) -> str | None:
-    """Return why an expert cannot exist, None if it can: a request of the default length must fit beside the weights."""
+    """Return why an expert cannot exist, None if it can: with room for a request of the default length."""
     model, quantization, gpu, size = find_model(key[0]), find_quantization(key[1]), find_gpu(key[2]), key[3]
     if not quantization.supported_on(gpu):
         return f"{quantization.name} does not run on {gpu.name}"
@@ -102,6 +115,68 @@ def kv_tokens(key: ExpertKey) -> int:
     return budget.num_kv_blocks * EngineSpec().block_size
 
 
+def key_of(run: MeasuredRun) -> ExpertKey:
+    """Return the expert that a run measured.
+
+    Raises:
+        CannotPredictError: the catalogue lacks its model, quantization or GPU.
+    """
+    model, quantization, gpu = shape_of(run)
+    return model.name, quantization.name, gpu.name, run.tp
+
+
+def provenance_of(calibration: Calibration) -> str:
+    """Return what a fit was made of: how many stages of which source, by its repository or the start of the run id."""
+    sources = Counter(
+        seen.run.source_repo or seen.run.run_id.split("/")[0] for seen in calibration.observations
+    ).most_common()
+    counts = ", ".join(f"{count} of {source}" for source, count in sources[:_LISTED_SOURCES])
+    if len(sources) > _LISTED_SOURCES:
+        counts += f", {sum(count for _, count in sources[_LISTED_SOURCES:])} of others"
+    return (
+        f"fitted to {len(calibration.observations)} load stages of {len(calibration.experiments)} experiments "
+        f"({counts}) by expert-router calibrate fit"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOutErrors:
+    """Errors on what a fit had not seen: experiments, or all runs on a GPU or of a model."""
+
+    by_experiment: HeldOut
+    by_gpu: HeldOut
+    by_model: HeldOut
+
+    def like(self, key: ExpertKey, measured: Collection[ExpertKey]) -> tuple[HeldOut, str]:
+        """Return the errors of predictions as far from any measurement as an expert's, and what they are of.
+
+        Raises:
+            ValueError: fewer than two experiments were measured, so that there are no errors.
+        """
+        model, _, gpu, _ = key
+        if all(gpu != other[2] for other in measured):
+            found, what = self.by_gpu, "GPUs that the fit had not seen"
+        elif all(model != other[0] for other in measured):
+            found, what = self.by_model, "models that the fit had not seen"
+        else:
+            found, what = (), ""
+        if not found:
+            found, what = self.by_experiment, "experiments that the fit had not seen"
+        if not found:
+            raise ValueError("one experiment alone cannot tell the error of a prediction: measure at least two")
+        on_gpu = [(seen, error) for seen, error in found if shape_of(seen.run)[2].name == gpu]
+        return on_gpu or found, what
+
+
+def find_held_out_errors(runs: Sequence[MeasuredRun], group: EngineGroup) -> HeldOutErrors:
+    """Leave out each experiment, each GPU and each model in turn, and return the errors on what was left out."""
+    return HeldOutErrors(
+        by_experiment=held_out_errors(runs, group),
+        by_gpu=held_out_errors(runs, group, lambda run: shape_of(run)[2].name),
+        by_model=held_out_errors(runs, group, lambda run: shape_of(run)[0].name),
+    )
+
+
 def make_profile(
     calibration: Calibration,
     group: EngineGroup,
@@ -109,7 +184,7 @@ def make_profile(
     *,
     engine: str,
     engine_version: str,
-    held_out_errors: Sequence[tuple[Observation, float]],
+    held_out: HeldOutErrors,
     provenance: str,
 ) -> Profile:
     """Return the profile of one expert.
@@ -120,24 +195,19 @@ def make_profile(
         key: the expert.
         engine: short name of the engine version, the end of the profile's name.
         engine_version: in full.
-        held_out_errors: relative error of each observation of the group by the fit without its experiment.
+        held_out: errors of the group.
         provenance: data and command.
 
     Raises:
-        ValueError: no observation of the group.
+        ValueError: see ``HeldOutErrors.like``.
+        KeyError: no run of the group was in the fit.
     """
     model, quantization, gpu, size = key
-    on_gpu = [(seen, error) for seen, error in held_out_errors if shape_of(seen.run)[2].name == gpu]
-    told = on_gpu or list(held_out_errors)
-    if not told:
-        raise ValueError(f"nothing was measured on {group.name}")
-    measured = any(
-        (shape_of(seen.run)[0].name, shape_of(seen.run)[1].name, shape_of(seen.run)[2].name, seen.run.tp) == key
-        for seen, _ in held_out_errors
-    )
+    measured = [key_of(seen.run) for seen in calibration.observations if seen.group is group]
+    told, like_what = held_out.like(key, measured)
     notes = [provenance]
-    if not measured:
-        notes.append(_never_measured(key, bool(on_gpu)))
+    if key not in measured:
+        notes.append(_never_measured(key, like_what, gpu_measured=any(gpu == other[2] for other in measured)))
     errors = np.array([error for _, error in told])
     front_end: FrontEnd = calibration.front_end(group)
     estimates: dict[str, Estimate] = {**calibration.corrections, **calibration.overheads[group]}
@@ -158,6 +228,7 @@ def make_profile(
             measurements=len(errors),
             what="load stages",
             held_out=True,
+            gpus=sorted({shape_of(seen.run)[2].name for seen, _ in told}),
             mean_error=round(float(errors.mean()), 4),
             median_absolute_error=round(float(np.median(np.abs(errors))), 4),
             p90_absolute_error=round(float(np.quantile(np.abs(errors), 0.9)), 4),
@@ -173,15 +244,16 @@ def make_profile(
     )
 
 
-def _never_measured(key: ExpertKey, gpu_measured: bool) -> str:
+def _never_measured(key: ExpertKey, like_what: str, *, gpu_measured: bool) -> str:
+    """Return what an expert's figures rest on; ``like_what`` as ``HeldOutErrors.like`` returns it."""
     model, quantization, gpu, size = key
     text = f"{model} in {quantization} on {gpu} x{size} itself was never measured: predicted from its shape"
     if quantization != "bf16":
         text += f", {quantization} from its kernels alone"
     if not gpu_measured:
         kernels = "measured kernels" if Factors.is_measured(find_gpu(gpu)) else "the kernels of another GPU"
-        text += f"; no engine was measured on {gpu}, so {kernels} and the errors of all other GPUs stand for it"
-    return text
+        text += f"; no engine was measured on {gpu}, only {kernels} tell of it"
+    return f"{text}; the errors are of {like_what}"
 
 
 def write_profiles(profiles: Iterable[Profile], folder: Path) -> list[Path]:

@@ -79,6 +79,7 @@ class Residuals(Spec):
     measurements: PositiveInt
     what: Literal["iterations", "load stages"]
     held_out: bool
+    gpus: list[str] = Field(default=[], description="measured on; empty: the expert's own")
     mean_error: Annotated[float, Field(allow_inf_nan=False)]
     median_absolute_error: Annotated[float, Field(ge=0)]
     p90_absolute_error: Annotated[float, Field(ge=0)]
@@ -134,7 +135,8 @@ def source_of(profile: Profile) -> CurveSource:
     return CurveSource(
         label=profile.name,
         detail=(
-            f"{how} {worth.measurements} {worth.what} of {profile.expert.engine_version} on {profile.expert.gpu}, "
+            f"{how} {worth.measurements} {worth.what} of {profile.expert.engine_version} on "
+            f"{', '.join(worth.gpus) or profile.expert.gpu}, "
             f"median error {worth.median_absolute_error:.1%}, 90 % within {worth.p90_absolute_error:.1%}; "
             f"{profile.provenance}"
         ),

@@ -120,7 +120,6 @@ class Replica:
         self._kv_blocks = 0  # in use at its start
         self._preempted = 0  # before it
         self._front_end_delay_s = 0.0
-        self._delivered_s = 0.0  # when the tokens delivered last left the router
         self._delay_s = 0.0  # of the tokens delivered last, from the end of their iteration until they leave the router
 
     # -------------------------------------------------------------------------------------------- a request in
@@ -218,9 +217,6 @@ class Replica:
         delay_s = self._front_end_delay_s + self._network_s
         if self._router is not None:
             delay_s += self._router.token_delay_s(end_s, delay_s, self._tokens)
-            # The router's backlog is foreseen, so it can come out too small: tokens never overtake earlier ones.
-            delay_s = max(delay_s, self._delivered_s - end_s)
-        self._delivered_s = end_s + delay_s
         run = self._runs
         chunks = batch.chunks
         for request, _ in chunks:
@@ -259,9 +255,17 @@ class Replica:
             for request in finished:
                 request.last_run = run
                 request.last_token_engine_s = end_s
-                request.last_token_s = end_s + delay_s + self._user_network_s
+                # The router's backlog is foreseen and can come out too small, but no token overtakes the first.
+                request.last_token_s = max(request.first_token_s, end_s + delay_s + self._user_network_s)
                 self._served_s += end_s - request.scheduled_s - request.paused_s
-            self._deliver(finished, end_s + delay_s)
+            on_time = []
+            for request in finished:
+                if request.last_token_s > end_s + delay_s + self._user_network_s:
+                    self._deliver([request], request.last_token_s - self._user_network_s)
+                else:
+                    on_time.append(request)
+            if on_time:
+                self._deliver(on_time, end_s + delay_s)
 
     def _note_first_token(self, request: Request, run: int, end_s: float, delivered_s: float) -> None:
         request.first_run = run

@@ -156,6 +156,8 @@ class Simulation:
         self._at_start = [(0.0, 0.0) for _ in self.replicas]  # waiting area, front-end busy time
         self._router_busy_at_start_s = 0.0
         self._router_area_at_start_s = 0.0
+        self._latest_at_start_s = 0.0
+        self._latest_s = 0.0  # when the user had the last token of the request that ended last
         self._in_flight_at_start = 0
         self._system_area_at_start_s = 0.0
         self._stopped = ""
@@ -321,6 +323,7 @@ class Simulation:
             request.replica.outstanding -= 1
             del self._active[request.request_id]
             self._recorder.add(request, status)
+        self._latest_s = requests[-1].last_token_s
         before = self.counted.ended
         ended = self.counted.ended = before + len(requests)
         if before < self._warm_up <= ended:
@@ -345,9 +348,10 @@ class Simulation:
 
     def _open_window(self, now_s: float) -> None:
         self._window_start_s = now_s
+        self._latest_at_start_s = self._latest_s
         self._in_flight_at_start = self.counted.in_system.count
         self._system_area_at_start_s = self.counted.in_system.area_until(now_s)
-        self._at_start = [(r.waiting_area_until(now_s), r.front_end.busy_s) for r in self.replicas]
+        self._at_start = [(r.waiting_area_until(now_s), r.front_end.busy_until(now_s)) for r in self.replicas]
         if self.router is not None:
             self._router_busy_at_start_s = self.router.busy_until(now_s)
         self._router_area_at_start_s = self.counted.at_router.area_until(now_s)
@@ -368,8 +372,11 @@ class Simulation:
         for name, column in requests.items():
             if name.endswith("_s"):
                 column[in_flight & (column > end_s)] = nan  # known to the simulator, but not yet happened
-        start_user_s = self._window_start_s + (self._user_network_s if self._window_start_s else 0.0)
-        window_s = (start_user_s, end_s + self._user_network_s)
+        start_user_s = 0.0
+        if self._window_start_s:
+            start_user_s = max(self._window_start_s + self._user_network_s, self._latest_at_start_s)
+        # The clock reaches a time by adding delays, so the last answer may lie a rounding error behind it.
+        window_s = (start_user_s, max(end_s + self._user_network_s, self._latest_s))
         notes += self._unsteady(requests, window_s, end_s)
         if in_step(plan.workload, plan.load):
             notes.append(IN_STEP)
@@ -474,7 +481,7 @@ def _replica_stats(replica: Replica, at_start: tuple[float, float], start_s: flo
         waiting=(replica.waiting_area_until(end_s) - waiting_area_s) / window_s,
         kv_usage=averages.kv_blocks / blocks,
         kv_usage_max=replica.most_kv_blocks / blocks,
-        front_end_utilization=(replica.front_end.busy_s - front_end_busy_s) / window_s,
+        front_end_utilization=(replica.front_end.busy_until(end_s) - front_end_busy_s) / window_s,
         preemptions=averages.preemptions,
         iterations=averages.iterations,
     )

@@ -16,24 +16,25 @@ class FrontEndStation:
     After every engine iteration it has ``work`` seconds to do for the tokens of that iteration. Over a run of
     iterations its backlog follows Lindley's recursion, which has a closed form because iterations only get longer
     while a batch only decodes (the largest partial sum of a decreasing sequence lies at one of its ends).
-
-    Attributes:
-        busy_s: work accepted so far, in seconds.
     """
 
-    __slots__ = ("_as_of_s", "_backlog_s", "busy_s")
+    __slots__ = ("_accepted_s", "_as_of_s", "_backlog_s")
 
     def __init__(self) -> None:
         self._backlog_s = 0.0
         self._as_of_s = 0.0
-        self.busy_s = 0.0
+        self._accepted_s = 0.0
+
+    def busy_until(self, now_s: float) -> float:
+        """Return the seconds it has worked so far."""
+        return self._accepted_s - max(0.0, self._backlog_s - max(0.0, now_s - self._as_of_s))
 
     def take_request(self, now_s: float, work_s: float) -> float:
         """Queue one request's work; return when it is taken up."""
         wait_s = max(0.0, self._backlog_s - (now_s - self._as_of_s))
         self._backlog_s = wait_s + work_s
         self._as_of_s = now_s
-        self.busy_s += work_s
+        self._accepted_s += work_s
         return now_s + wait_s
 
     def take_tokens(self, iterations: int, work_s: float, first_end_s: float, last_end_s: float) -> float:
@@ -49,7 +50,7 @@ class FrontEndStation:
         )
         self._backlog_s = backlog_s + work_s
         self._as_of_s = last_end_s
-        self.busy_s += iterations * work_s
+        self._accepted_s += iterations * work_s
         return self._backlog_s
 
 

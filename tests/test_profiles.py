@@ -1,0 +1,210 @@
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from calibrate.fit import ASYNCHRONOUS, CORRECTIONS, OVERHEADS, SYNCHRONOUS, Calibration, fit
+from calibrate.measured_runs import MeasuredRun
+from calibrate.profiles import (
+    ExpertKey,
+    HeldOutErrors,
+    expert_key,
+    find_held_out_errors,
+    llama_family,
+    make_profile,
+    provenance_of,
+    why_impossible,
+    write_profiles,
+)
+from sim.catalogue import UnknownNameError
+from sim.profile import Profile, RooflineParameters, load_profile
+from sim.resolve import packaged_profiles, profile_name, resolve_expert
+from sim.service_curve import IterationWork
+from sim.spec import ExpertSpec
+from tests.synthetic_runs import by_linear_model, loads, with_noise
+
+MEASURED: ExpertKey = ("llama-3.1-8b", "bf16", "H100-SXM", 1)
+
+
+@pytest.fixture(scope="module")
+def runs() -> list[MeasuredRun]:
+    engines = [
+        ("llama-3.1-8b", "H100-SXM", 1),
+        ("qwen3-14b", "H100-SXM", 1),
+        ("codellama-34b", "H100-SXM", 2),
+        ("codellama-34b", "A100-80GB", 4),
+        ("llama-2-7b", "A100-80GB", 1),
+    ]
+    return with_noise([by_linear_model(load) for load in loads(engines)], 0.02, np.random.default_rng(1))
+
+
+@pytest.fixture(scope="module")
+def calibration(runs: list[MeasuredRun]) -> Calibration:
+    return fit(runs)
+
+
+@pytest.fixture(scope="module")
+def held_out(runs: list[MeasuredRun]) -> HeldOutErrors:
+    return find_held_out_errors(runs, ASYNCHRONOUS)
+
+
+def profile_of(calibration: Calibration, held_out: HeldOutErrors, key: ExpertKey = MEASURED) -> Profile:
+    return make_profile(
+        calibration,
+        ASYNCHRONOUS,
+        key,
+        engine="vllm-0.15",
+        engine_version="vLLM 0.15.1",
+        held_out=held_out,
+        provenance=provenance_of(calibration),
+    )
+
+
+def test_a_profile_survives_its_file(calibration: Calibration, held_out: HeldOutErrors, tmp_path: Path) -> None:
+    profile = profile_of(calibration, held_out)
+    (path,) = write_profiles([profile], tmp_path / "new" / "folder")
+    assert path.name == "llama-3.1-8b-bf16-h100-sxm-tp1-vllm-0.15.json"
+    assert path.stem == profile.name == profile_name(*MEASURED, "vllm-0.15")
+    assert load_profile(path) == profile
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_a_resolved_profile_predicts_what_the_fit_does(
+    calibration: Calibration, held_out: HeldOutErrors, runs: list[MeasuredRun], tmp_path: Path
+) -> None:
+    (path,) = write_profiles([profile_of(calibration, held_out)], tmp_path)
+    expert = resolve_expert("chat", ExpertSpec(model=MEASURED[0], gpu=MEASURED[2], profile=str(path)))
+    by_fit = calibration.engine_of(replace(runs[0], max_num_seqs=None, max_num_batched_tokens=None))
+    for work in (IterationWork(0, 0, 0.0, 0, 64, 50_000), IterationWork(512, 1, 131_328.0, 512, 8, 4000)):
+        assert expert.curve.iteration_s(work) == pytest.approx(by_fit.curve.iteration_s(work), rel=1e-3)
+    assert expert.front_end.per_request_s == pytest.approx(by_fit.front_end.per_request_s, rel=1e-3)
+
+
+def test_intervals_are_ordered_and_of_four_digits(calibration: Calibration, held_out: HeldOutErrors) -> None:
+    parameters = profile_of(calibration, held_out).parameters
+    assert isinstance(parameters, RooflineParameters)
+    estimates = {**calibration.corrections, **calibration.overheads[ASYNCHRONOUS]}
+    assert set(estimates) == {*CORRECTIONS, *OVERHEADS}
+    for name, estimate in estimates.items():
+        rounded = getattr(parameters, name)
+        assert 0 <= rounded.low <= rounded.value <= rounded.high
+        assert rounded.value == float(f"{estimate.value:.4g}")
+        assert (rounded.low, rounded.high) == pytest.approx((estimate.low, estimate.high), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("key", "what", "gpus", "stages"),
+    [
+        (MEASURED, None, ["H100-SXM"], 9),
+        (("llama-3.1-8b", "bf16", "H100-SXM", 2), "experiments", ["H100-SXM"], 9),
+        (("llama-2-7b", "bf16", "H100-SXM", 1), "experiments", ["H100-SXM"], 9),
+        (("yi-34b", "bf16", "A100-80GB", 1), "models", ["A100-80GB"], 6),
+        (("yi-34b", "bf16", "H200", 1), "GPUs", ["A100-80GB", "H100-SXM"], 15),
+    ],
+)
+def test_errors_are_of_predictions_as_far_from_a_measurement(
+    calibration: Calibration,
+    held_out: HeldOutErrors,
+    key: ExpertKey,
+    what: str | None,
+    gpus: list[str],
+    stages: int,
+) -> None:
+    profile = profile_of(calibration, held_out, key)
+    assert profile.residuals.held_out
+    assert profile.residuals.gpus == gpus
+    assert profile.residuals.measurements == stages
+    told = re.search(r"the errors are of (\w+) that the fit had not seen", profile.provenance)
+    assert (told and told[1]) == what
+    assert ("was never measured: predicted from its shape" in profile.provenance) == (what is not None)
+    assert ("no engine was measured on H200, only measured kernels tell of it" in profile.provenance) == (
+        key[2] == "H200"
+    )
+
+
+def test_what_stands_in_for_kernels_is_told(calibration: Calibration, held_out: HeldOutErrors) -> None:
+    fp8 = profile_of(calibration, held_out, ("llama-3.1-8b", "fp8", "H100-SXM", 1))
+    assert "predicted from its shape, fp8 from its kernels alone" in fp8.provenance
+    blackwell = profile_of(calibration, held_out, ("llama-3.1-8b", "bf16", "B200", 1))
+    assert "no engine was measured on B200, only the kernels of another GPU tell of it" in blackwell.provenance
+
+
+def test_provenance_counts_what_the_fit_was_made_of(calibration: Calibration, runs: list[MeasuredRun]) -> None:
+    text = "fitted to 15 load stages of 5 experiments ({}) by expert-router calibrate fit"
+    assert provenance_of(calibration) == text.format("15 of made-up")
+    named = [replace(run, source_repo="ours/bench") if run.gpu == "A100-80GB" else run for run in runs]
+    assert provenance_of(fit(named, resamples=0)) == text.format("9 of made-up, 6 of ours/bench")
+    many = [replace(run, source_repo=f"ours/{run.exp}") for run in runs]
+    assert provenance_of(fit(many, resamples=0)).count("3 of") == 5
+    assert "3 of others" in provenance_of(fit(many, resamples=0))
+
+
+def test_one_experiment_alone_has_no_error(runs: list[MeasuredRun]) -> None:
+    alone = runs[:3]
+    with pytest.raises(ValueError, match="measure at least two"):
+        profile_of(fit(alone), find_held_out_errors(alone, ASYNCHRONOUS))
+
+
+def test_experts_of_a_single_gpu_have_the_errors_of_experiments(runs: list[MeasuredRun]) -> None:
+    on_one = [run for run in runs if run.gpu == "H100-SXM"]
+    profile = profile_of(fit(on_one), find_held_out_errors(on_one, ASYNCHRONOUS), ("yi-34b", "bf16", "H200", 1))
+    assert "the errors are of experiments that the fit had not seen" in profile.provenance
+
+
+def test_a_group_that_was_not_measured_has_no_profile(calibration: Calibration, runs: list[MeasuredRun]) -> None:
+    assert find_held_out_errors(runs, SYNCHRONOUS) == HeldOutErrors(by_experiment=[], by_gpu=[], by_model=[])
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("llama-3-8b/bf16/H100-SXM/1", ("llama-3-8b", "bf16", "H100-SXM", 1)),
+        ("meta-llama/Llama-3.1-70B-Instruct/fp8/h200/2", ("llama-3.1-70b", "fp8", "H200", 2)),
+    ],
+)
+def test_experts_are_named_by_any_names_of_the_catalogue(text: str, key: ExpertKey) -> None:
+    assert expert_key(text) == key
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("llama-3-8b", "expected MODEL/QUANTIZATION/GPU/TP such as llama-3.1-8b/bf16/H100-SXM/1"),
+        ("llama-3-8b/bf16/H100-SXM/two", "expected MODEL/QUANTIZATION/GPU/TP"),
+        ("llama-3-8b/bf16/H100-SXM/0", "expected MODEL/QUANTIZATION/GPU/TP"),
+        ("llama-3-8b/bf16/H100-SXM/3", "llama-3-8b cannot be split over 3 GPUs"),
+        ("llama-3-70b/bf16/H100-SXM/1", "llama-3-70b in bf16 does not fit into H100-SXM x1"),
+        ("llama-3-8b/int8/B200/1", "int8 does not run on B200"),
+    ],
+)
+def test_an_expert_that_cannot_be_says_why(text: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"expert '{text}': ") + ".*" + re.escape(reason)):
+        expert_key(text)
+
+
+def test_an_unknown_gpu_says_which_are_near() -> None:
+    with pytest.raises(UnknownNameError, match="unknown GPU 'H100-SMX', did you mean 'H100-SXM'"):
+        expert_key("llama-3-8b/bf16/H100-SMX/1")
+
+
+# ------------------------------------------------------------------------------------------------ packaged
+
+
+def test_the_llama_family_is_packaged_and_every_profile_resolves() -> None:
+    keys = llama_family()
+    assert all(why_impossible(key) is None for key in keys)
+    assert packaged_profiles() == sorted(profile_name(*key, "vllm-0.15") for key in keys)
+    for model, _, gpu, size in keys:
+        spec = ExpertSpec(model=model, gpu=gpu, tensor_parallel_size=size, profile="packaged")
+        source = resolve_expert("x", spec).curve.source
+        assert source.label == profile_name(model, "bf16", gpu, size, "vllm-0.15")
+        assert source.detail.startswith("predicted without having seen ")
+
+
+def test_a_packaged_profile_tells_where_its_errors_are_from() -> None:
+    spec = ExpertSpec(model="llama-3-8b", gpu="H200", profile="packaged")
+    detail = resolve_expert("x", spec).curve.source.detail
+    assert "load stages of vLLM 0.15.1 on A100-80GB, H100-SXM, L40S, median error" in detail
+    assert "llama-3-8b in bf16 on H200 x1 itself was never measured" in detail
