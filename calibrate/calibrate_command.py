@@ -18,7 +18,7 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 
 @click.group("calibrate", context_settings=HELP)
 def command() -> None:
-    """Compare predictions with measured runs."""
+    """Fit profiles to measured runs, and tell how wrong predictions of them are."""
 
 
 @command.command("validate", context_settings=HELP)

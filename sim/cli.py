@@ -7,7 +7,7 @@ import click
 
 COMMANDS = {
     "simulate": ("sim.simulate_command", "predict fleets from 1 to thousands of users"),
-    "calibrate": ("calibrate.calibrate_command", "compare predictions with measured runs"),
+    "calibrate": ("calibrate.calibrate_command", "fit profiles to measured runs, and tell how wrong predictions are"),
     "schema": ("sim.schema_command", "print the JSON Schema of fleet files, for editors"),
 }
 

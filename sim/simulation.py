@@ -490,9 +490,9 @@ def _replica_stats(replica: Replica, at_start: tuple[float, float], start_s: flo
 def _extrapolations(replica: Replica) -> Iterator[str]:
     source = replica.expert.curve.source
     for what, seen, fitted in (
-        ("decode batches up to", replica.largest_decodes, source.max_decodes),
-        ("KV reads per iteration up to", replica.largest_kv_tokens, source.max_decode_kv_tokens),
-        ("prefill tokens per iteration up to", replica.largest_prefill_tokens, source.max_prefill_tokens),
+        ("decode batches", replica.largest_decodes, source.max_decodes),
+        ("KV reads per iteration", replica.largest_kv_tokens, source.max_decode_kv_tokens),
+        ("prefill tokens per iteration", replica.largest_prefill_tokens, source.max_prefill_tokens),
     ):
         if fitted is not None and seen > fitted:
-            yield f"{replica.expert.name}: {what} {seen:,}, but profile {source.label} was fitted up to {fitted:,} only"
+            yield f"extrapolated: {what} went beyond the {fitted:,} that profile {source.label} was fitted up to"
