@@ -23,8 +23,7 @@ from scipy.optimize import nnls
 
 from calibrate.measured_runs import MeasuredRun
 from calibrate.predictor import CannotPredictError, PredictedEngine
-from calibrate.run_engine import schedules_asynchronously
-from sim.catalogue import Gpu, ModelShape, Quantization, UnknownNameError, find_gpu, find_model, find_quantization
+from calibrate.run_engine import schedules_asynchronously, shape_of
 from sim.factors import Factors, OverheadFactors, packaged_factors
 from sim.fleet import FrontEnd
 from sim.memory import engine_defaults
@@ -61,17 +60,6 @@ DISTINCT_PROMPTS = 100
 """The load generator of the open-loop runs sent this many prompts over and over, so later ones hit the prefix cache."""
 BLOCK_TOKENS = 16
 CHAT_PROMPT_TOKENS = 200  # of the saturated runs, whose prompts are not in the data: an assumption
-
-GPU_NAMES = {
-    "H100-SXM-80GB": "H100-SXM",
-    "H100-80GB (inferred)": "H100-SXM",
-    "H200-SXM-141GB": "H200",
-    "A100-SXM-80GB": "A100-80GB",
-    "B200-180GB": "B200",
-    "L40S-48GB": "L40S",
-    "RTX4090-24GB": "RTX-4090",
-}
-"""Names of GPUs in tables of measured runs -> in the catalogue, where they differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -460,19 +448,6 @@ def _front_end_delay_s(calibration: Calibration, group: EngineGroup) -> float:
 
 
 # --------------------------------------------------------------------------------------------------------- curves
-
-
-def shape_of(run: MeasuredRun) -> tuple[ModelShape, Quantization, Gpu]:
-    """Return model, quantization and GPU of a run from the catalogue.
-
-    Raises:
-        CannotPredictError: one of them is not in it.
-    """
-    quantization = {"none": "bf16", "": "bf16", "fp8-dynamic": "fp8"}.get(run.quantization, run.quantization)
-    try:
-        return find_model(run.model), find_quantization(quantization), find_gpu(GPU_NAMES.get(run.gpu, run.gpu))
-    except UnknownNameError as error:
-        raise CannotPredictError(str(error)) from error
 
 
 def build_curve(

@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from calibrate.fit import CONFIDENCE, Calibration, EngineGroup, Estimate, HeldOut, Observation, shape_of
+from calibrate.fit import CONFIDENCE, Calibration, EngineGroup, Estimate, HeldOut, Observation
 from calibrate.next_measurements import OUTPUT_TOKENS, PROMPT_TOKENS, Knowledge, Suggestion
+from calibrate.run_engine import shape_of
 
 UNITS = {
     "per_iteration_s": (1e6, "us"),

@@ -15,9 +15,9 @@ from calibrate.fit import (
     Estimate,
     HeldOut,
     held_out_errors,
-    shape_of,
 )
 from calibrate.measured_runs import MeasuredRun
+from calibrate.run_engine import shape_of
 from sim.catalogue import find_gpu, find_model, find_quantization
 from sim.factors import Factors
 from sim.fleet import FrontEnd

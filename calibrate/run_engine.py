@@ -61,12 +61,7 @@ def run_engine(run: MeasuredRun) -> RunEngine:
     Raises:
         CannotPredictError: the catalogue lacks its model, GPU or quantization, or the model does not fit.
     """
-    try:
-        model = find_model(_MODELS.get(run.model, run.model))
-        gpu = gpu_of_run(run)
-        quantization = find_quantization(_QUANTIZATIONS.get(run.quantization, run.quantization))
-    except UnknownNameError as error:
-        raise CannotPredictError(f"{error.kind} {error.value} is not in the catalogue") from None
+    model, quantization, gpu = shape_of(run)
     if run.dp != 1:
         raise CannotPredictError(f"data parallel over {run.dp} engines behind one front end is not simulated")
     notes = []
@@ -115,6 +110,22 @@ def run_engine(run: MeasuredRun) -> RunEngine:
         async_scheduling=schedules_asynchronously(run.engine_version),
         notes=tuple(notes),
     )
+
+
+def shape_of(run: MeasuredRun) -> tuple[ModelShape, Quantization, Gpu]:
+    """Return model, quantization and GPU of a run from the catalogue.
+
+    Raises:
+        CannotPredictError: one of them is not in it.
+    """
+    try:
+        return (
+            find_model(_MODELS.get(run.model, run.model)),
+            find_quantization(_QUANTIZATIONS.get(run.quantization, run.quantization)),
+            gpu_of_run(run),
+        )
+    except UnknownNameError as error:
+        raise CannotPredictError(str(error)) from None
 
 
 def gpu_of_run(run: MeasuredRun) -> Gpu:

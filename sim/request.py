@@ -1,12 +1,17 @@
 """A request on its way through the fleet."""
 
 from math import nan
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from sim.engine import EngineRequest
 
-if TYPE_CHECKING:
-    from sim.replica import Replica
+
+class Destination(Protocol):
+    """The replica a request was sent to, as far as its record and the router need it."""
+
+    expert_index: int
+    replica_index: int
+    outstanding: int
 
 
 class Request(EngineRequest):
@@ -45,7 +50,7 @@ class Request(EngineRequest):
         self.class_index = class_index
         self.routed_class_index = class_index
         self.prefix: tuple[int, int] | None = None  # (number, shared tokens) of its own; None: what its class shares
-        self.replica: Replica | None = None
+        self.replica: Destination | None = None
         self.sent_s = nan
         self.router_start_s = nan
         self.router_end_s = nan

@@ -20,6 +20,7 @@ from sim.records import COMPLETED, FAILED, IN_FLIGHT, RunRecord
 from sim.service_curve import IterationWork
 from sim.simulation import RunPlan, Simulation
 from sim.spec import (
+    ClassSpec,
     ClosedLoop,
     Distribution,
     Exponential,
@@ -33,7 +34,7 @@ from sim.spec import (
     Uniform,
 )
 from sim.traffic import WorkloadData
-from tests.fleets import AffineCurve
+from tests.fleets import FREE_ROUTER, ROOMY, AffineCurve, make_expert, make_plan
 from tests.strategies import plans
 
 ROUNDING_S = 1e-9
@@ -133,20 +134,46 @@ def test_a_pool_never_has_fewer_free_blocks_than_none_or_more_than_all(plan: Run
     assert seen or not (record.requests["status"] == COMPLETED).any()
 
 
-@random_fleets
-@given(plans())
-def test_every_token_after_the_first_is_one_gap(plan: RunPlan) -> None:
-    record = run(plan)
+def assert_gaps_are_the_tokens_after_the_first(record: RunRecord) -> None:
     requests, (start_s, end_s) = record.requests, record.window_s
     measured = requests["status"] == COMPLETED
     measured &= (requests["last_token_s"] > start_s) & (requests["last_token_s"] <= end_s)
-    for index in range(len(plan.fleet.experts)):
+    for index in range(len(record.expert_names)):
         here = measured & (requests["expert_index"] == index)
         of_expert = record.gaps.expert_index == index
         gap_s, weight = record.gaps.gap_s[of_expert], record.gaps.weight[of_expert]
         assert weight.sum() == (requests["output_tokens"][here] - 1).sum()
         streamed_s = (requests["last_token_s"] - requests["first_token_s"])[here].sum()
         assert gap_s @ weight == pytest.approx(streamed_s, abs=GAP_RESOLUTION_S * (1 + weight.sum()))
+
+
+@random_fleets
+@given(plans())
+def test_every_token_after_the_first_is_one_gap(plan: RunPlan) -> None:
+    assert_gaps_are_the_tokens_after_the_first(run(plan))
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True])
+@pytest.mark.parametrize("warm_up_requests", [0, 20])
+def test_gaps_across_preemptions_last_as_long_as_their_user_waits(
+    async_scheduling: bool, warm_up_requests: int
+) -> None:
+    engine = replace(
+        ROOMY, num_kv_blocks=16, max_model_len=200, max_num_batched_tokens=64, async_scheduling=async_scheduling
+    )
+    front_end = FrontEnd(per_request_s=0.013, per_prompt_token_s=0.0, per_output_token_s=0.002)  # tokens queue in it
+    record = run(
+        make_plan(
+            make_expert(AffineCurve(fixed_s=0.01, per_kv_token_s=1e-5), engine=engine, front_end=front_end),
+            ClosedLoop(users=12),
+            at=12,
+            router=FREE_ROUTER.model_copy(update={"expert_network_s": 0.003, "user_network_s": 0.004}),
+            classes={"class": ClassSpec(prompt_tokens=Uniform(min=1, max=60), output_tokens=Uniform(min=1, max=99))},
+            run=RunSpec(requests=60, warm_up_requests=warm_up_requests),
+        )
+    )
+    assert record.requests["preemptions"].sum() > 50
+    assert_gaps_are_the_tokens_after_the_first(record)
 
 
 # ------------------------------------------------------------------------------------------------------------ time

@@ -200,6 +200,20 @@ def test_every_iteration_of_the_engine_is_the_naive_ones(
     assert_engines_agree(settings, data.draw(arrivals(settings)), runs=runs)
 
 
+@pytest.mark.parametrize("async_scheduling", [False, True])
+@pytest.mark.parametrize("prompt_tokens", [1, 3, 4, 7, 8, 12])
+def test_a_prompt_that_is_nothing_but_the_shared_prefix_computes_its_last_block_again(
+    prompt_tokens: int, async_scheduling: bool
+) -> None:
+    settings = replace(SMALL_POOL, async_scheduling=async_scheduling)
+    requests = [
+        (12 * i, NaiveRequest(number=i, prompt_tokens=prompt_tokens, output_tokens=10, prefix_tokens=12))
+        for i in range(5)
+    ]
+    assert_engines_agree(settings, requests, runs=True)
+    assert [request.cached_prompt_tokens for _, request in requests] == [0] + [(prompt_tokens - 1) // 4 * 4] * 4
+
+
 SMALL_POOL = EngineSettings(
     max_num_seqs=16,
     max_num_batched_tokens=64,

@@ -162,8 +162,8 @@ def test_times_taken_in_the_engine_have_no_front_end() -> None:
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"gpu": "abacus"}, "GPU abacus is not in the catalogue"),
-        ({"model": "megatron-900b"}, "model megatron-900b is not in the catalogue"),
+        ({"gpu": "abacus"}, "unknown GPU 'abacus'"),
+        ({"model": "megatron-900b"}, "unknown model 'megatron-900b'"),
         ({"rate_rps": nan}, "rate_rps"),
         ({"prompt_tokens_mean": nan}, "in_len_mean"),
         ({"n_requests": None}, "n_requests"),

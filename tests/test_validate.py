@@ -161,7 +161,7 @@ def test_the_command_writes_errors_and_report(tmp_path: Path) -> None:
     arguments = ["--out", str(tmp_path / "errors.csv"), "--report", str(tmp_path / "docs"), "--workers", "1"]
     outcome = CliRunner().invoke(main, ["calibrate", "validate", str(table), *arguments])
     assert outcome.exit_code == 0, outcome.output
-    assert "GPU abacus is not in the catalogue" in outcome.output
+    assert "unknown GPU 'abacus'" in outcome.output
     with (tmp_path / "errors.csv").open(newline="") as file:
         written = list(csv.DictReader(file))
     columns = ["run_id", "metric", "measured", "predicted", "lower", "upper", "ape_pct", "regime", "profile", "note"]
