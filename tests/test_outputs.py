@@ -8,9 +8,13 @@ import pandas as pd
 import pytest
 import yaml
 
+from sim.feasibility import check_feasible
+from sim.fleet_file import load_fleet, parse_fleet
 from sim.metrics import run_metrics
-from sim.outputs import FORMATS, result_json, write_result
+from sim.outputs import FORMATS, resolved_yaml, result_json, write_result
 from sim.records import COMPLETED, REQUEST_COLUMNS
+from sim.resolve import resolve_fleet
+from sim.result import Result
 from sim.spec import FleetFile, SloSpec
 from sim.summary import summary_columns
 from sim.vllm_result import vllm_result
@@ -144,3 +148,16 @@ def test_max_concurrent_requests_counts_requests_that_touch_one_second() -> None
     requests["last_token_s"][:] = [10.4, 11.1, 12.5, 13.05, 14.0]
     read = vllm_result(result.runs[0], result.fleets["fleet 0"], result.file)
     assert read["max_concurrent_requests"] == 2
+
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_a_resolved_file_can_be_simulated_again(path: Path) -> None:
+    file = load_fleet(path)
+    fleets = {name: resolve_fleet(file, name) for name in file.fleets}
+    text = resolved_yaml(Result(file=file, fleets=fleets, runs=[], version="0"))
+    again = parse_fleet(text, directory=path.parent)
+    check_feasible(again)
+    assert again.model_dump() == file.model_dump()
