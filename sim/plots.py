@@ -20,10 +20,10 @@ from sim.metrics import Floats, Row, completed_in_window, e2el_s, tpot_s, ttft_s
 from sim.result import Result, loads_label
 from sim.spec import ALL_EXPERTS
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart, without the yellow that vanishes on white.
-# Markers repeat the distinction in print; more than seven fleets repeat colours with other markers.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-TRACE_COLOURS = (*COLOURS[:-1], "#999999", "#8B5A2B")  # there black is for all experts together
+# Okabe and Ito's colours, which colour-blind readers can tell apart, with brown for the yellow that vanishes on white.
+# Markers repeat the distinction in print; more than eight fleets repeat colours with other markers.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8B5A2B")
+TRACE_COLOURS = (*COLOURS[:6], "#999999", "#8B5A2B")  # there black is for all experts together
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 GREY = "#666666"
 STYLE: dict[Any, Any] = {
@@ -357,9 +357,20 @@ def _value_formatter(unit: str) -> FuncFormatter:
     return FuncFormatter(lambda value, _: "0" if value == 0 else _value_text(value, unit))
 
 
+def _source(result: Result) -> str:
+    """Where iteration times come from, short enough for a title: by name if there is one source, else by kind."""
+    labels = result.curve_labels
+    if len(labels) == 1:
+        return labels[0]
+    plain = [label for label in labels if label.startswith("roofline")]
+    profiles = len(labels) - len(plain)
+    kinds = [f"{profiles} calibrated profiles" if profiles > 1 else "a calibrated profile"] if profiles else []
+    return " and ".join([*kinds, *plain])
+
+
 def _describe(figure: Figure, result: Result, title: str, legend: str | None) -> None:
     """Title with the curves' labels; below, what the reader must know about lines, bands and origin."""
-    figure.suptitle(f"{title} ({', '.join(result.curve_labels)})", x=0.01, ha="left", fontweight="bold")
+    figure.suptitle(f"{title} ({_source(result)})", x=0.01, ha="left", fontweight="bold")
     replications = len({run.replication for run in result.runs})
     bands = f"means of {replications} replications with 95 % confidence" if replications > 1 else "one replication"
     parts = [result.file.name, "simulated", bands, legend, f"expert-router {result.version}"]

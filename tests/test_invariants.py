@@ -172,7 +172,7 @@ def test_gaps_across_preemptions_last_as_long_as_their_user_waits(
             run=RunSpec(requests=60, warm_up_requests=warm_up_requests),
         )
     )
-    assert record.requests["preemptions"].sum() > 50
+    assert record.requests["preemptions"].sum() > 40
     assert_gaps_are_the_tokens_after_the_first(record)
 
 
