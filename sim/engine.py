@@ -244,12 +244,18 @@ class Engine(Generic[R]):
         group = request.group
         depth = 0
         if group is not None:
-            shared = min(group.blocks, request.prompt_tokens // self.settings.block_size)
+            shared = self._shared_blocks(request, tokens)
             depth = min(group.cached, shared, most)
             if depth < shared:
                 return depth, 0
         left_behind = request.left_behind
         return depth, min(left_behind.cached, most - depth) if left_behind is not None else 0
+
+    def _shared_blocks(self, request: R, tokens: int) -> int:
+        """How many whole blocks of a request's first tokens are the beginning it shares with others."""
+        if request.group is None:
+            return 0
+        return min(request.group.blocks, min(tokens, request.prompt_tokens) // self.settings.block_size)
 
     def _compute(self, request: R, chunk: int, iteration: int) -> None:
         """Count a scheduled chunk as computed; a prompt thereby complete decodes from the next iteration on."""
@@ -259,7 +265,7 @@ class Engine(Generic[R]):
         if group is not None and self.settings.enable_prefix_caching:
             # A block can be found from the step that schedules it. Where the request recomputes a block that can be
             # found already (a full hit recomputes the last one), the copy is its own and nobody finds it.
-            shared = min(group.blocks, min(computed, request.prompt_tokens) // self.settings.block_size)
+            shared = self._shared_blocks(request, computed)
             if group.cached == request.shared_depth < shared:
                 group.deepen(request.shared_depth, shared)
                 request.shared_depth = shared
@@ -318,8 +324,11 @@ class Engine(Generic[R]):
             self._by_last_iteration[victim.last_iteration].remove(victim)
             victim.last_iteration = -1
         full = victim.computed_tokens // block_size - victim.shared_depth
-        if full and self.settings.enable_prefix_caching:
-            victim.left_behind = PreemptedBlocks(full)
+        if self.settings.enable_prefix_caching:
+            # Copies of shared blocks that it computed itself lie before its own and are found as shared ones or not.
+            copies = max(0, self._shared_blocks(victim, victim.computed_tokens) - victim.shared_depth)
+            if full > copies:
+                victim.left_behind = PreemptedBlocks(full - copies)
         kv.give_back(full, victim.held_blocks - victim.shared_depth - full, victim.left_behind)
         if victim.group is not None:
             kv.give_back_shared(victim.group, victim.shared_depth)

@@ -134,7 +134,11 @@ def test_a_pool_never_has_fewer_free_blocks_than_none_or_more_than_all(plan: Run
     assert seen or not (record.requests["status"] == COMPLETED).any()
 
 
-def assert_gaps_are_the_tokens_after_the_first(record: RunRecord) -> None:
+def assert_gaps_are_the_tokens_after_the_first(record: RunRecord, *, foreseen: bool = False) -> None:
+    """As many as there are tokens after first ones, and in all as long as they take.
+
+    Where the router's backlog is foreseen, that can come out too small; a gap counts as 0 then, not less.
+    """
     requests, (start_s, end_s) = record.requests, record.window_s
     measured = requests["status"] == COMPLETED
     measured &= (requests["last_token_s"] > start_s) & (requests["last_token_s"] <= end_s)
@@ -142,15 +146,19 @@ def assert_gaps_are_the_tokens_after_the_first(record: RunRecord) -> None:
         here = measured & (requests["expert_index"] == index)
         of_expert = record.gaps.expert_index == index
         gap_s, weight = record.gaps.gap_s[of_expert], record.gaps.weight[of_expert]
+        assert (gap_s >= 0).all()
         assert weight.sum() == (requests["output_tokens"][here] - 1).sum()
         streamed_s = (requests["last_token_s"] - requests["first_token_s"])[here].sum()
-        assert gap_s @ weight == pytest.approx(streamed_s, abs=GAP_RESOLUTION_S * (1 + weight.sum()))
+        rounding_s = GAP_RESOLUTION_S * (1 + weight.sum())
+        assert gap_s @ weight >= streamed_s - rounding_s
+        assert foreseen or gap_s @ weight <= streamed_s + rounding_s
 
 
 @random_fleets
 @given(plans())
 def test_every_token_after_the_first_is_one_gap(plan: RunPlan) -> None:
-    assert_gaps_are_the_tokens_after_the_first(run(plan))
+    router = plan.fleet.router
+    assert_gaps_are_the_tokens_after_the_first(run(plan), foreseen=router is not None and router.per_output_token_s > 0)
 
 
 @pytest.mark.parametrize("async_scheduling", [False, True])

@@ -235,7 +235,6 @@ def test_a_pool_much_too_small_for_many_alike(async_scheduling: bool) -> None:
     assert_engines_agree(settings, requests, runs=True)
 
 
-@pytest.mark.xfail(reason="a preempted request counts its copy of the last shared block as the one after it")
 def test_a_preempted_prompt_that_is_nothing_but_the_shared_prefix_finds_only_what_is_left() -> None:
     settings = replace(SMALL_POOL, block_size=2, num_kv_blocks=7, max_model_len=14)
     requests = [
