@@ -463,9 +463,8 @@ def test_no_decision_knows_how_long_an_answer_will_be(plan: RunPlan, changed: in
     one = by_request(run(plan))
     other = by_request(run(replace(plan, data=WorkloadData(trace=replace(table, output_tokens=lengths)))))
     # Nobody can tell before the shorter answer has ended, or the engine has refused the longer one.
-    told_s = min(one["last_token_engine_s"][changed], other["last_token_engine_s"][changed])
-    if isnan(told_s):
-        told_s = one["router_end_s"][changed]
+    ends_s = (requests["last_token_engine_s"][changed] for requests in (one, other))
+    told_s = min(one["router_end_s"][changed] if isnan(end_s) else end_s for end_s in ends_s)
     before = one["router_end_s"] < told_s - ROUNDING_S
     before[changed] = True
     for name in ("routed_class_index", "expert_index", "replica_index"):
