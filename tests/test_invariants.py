@@ -33,6 +33,7 @@ from sim.spec import (
     Trace,
     Uniform,
 )
+from sim.stations import RouterStation
 from sim.traffic import WorkloadData
 from tests.fleets import FREE_ROUTER, ROOMY, AffineCurve, make_expert, make_plan
 from tests.strategies import plans
@@ -421,6 +422,19 @@ def test_another_replica_changes_nothing_for_a_single_user(plan: RunPlan, more: 
     assert_equal_columns(few, many, but=("replica_index",))
 
 
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_streamed_tokens_take_as_much_of_every_worker(workers: int) -> None:
+    station = RouterStation(
+        FREE_ROUTER.model_copy(update={"per_request_s": 1.0, "per_output_token_s": 0.01, "workers": workers}),
+        lambda: 1.0,
+    )
+    station.change_token_rate(0.0, 50.0 * workers)  # half the time of each
+    for _ in range(workers):
+        assert station.take_request(0.0, 1) == (0.0, 1.0)
+    assert station.take_request(1.0, 1) == (1.5, 2.5)  # half a second of each is still to do
+    assert station.busy_until(4.0) == workers + 1 + 4.0 * 0.5 * workers
+
+
 # ---------------------------------------------------------------------------------------------------------- labels
 
 
@@ -442,6 +456,19 @@ def test_another_order_of_experts_changes_nothing_but_their_numbers(plan: RunPla
     new = after.requests["expert_index"]
     old_number = np.where(new < 0, -1, np.array(order)[new])
     np.testing.assert_array_equal(before.requests["expert_index"], old_number)
+
+
+@random_fleets
+@given(plans(policies=("class", "class_with_spill_over")))
+def test_a_prompt_goes_to_an_expert_of_the_class_it_was_taken_for(plan: RunPlan) -> None:
+    assume(plan.fleet.router is not None)
+    assert plan.fleet.router is not None
+    requests = run(plan).requests
+    chosen = requests["expert_index"] >= 0
+    columns = (requests[name][chosen].tolist() for name in ("routed_class_index", "expert_index"))
+    for taken_for, expert_index in zip(*columns, strict=True):
+        experts = plan.fleet.class_map[taken_for]
+        assert expert_index in (experts[:1] if plan.fleet.router.policy == "class" else experts)
 
 
 # ------------------------------------------------------------------------------------------------------- no foresight
