@@ -416,8 +416,8 @@ class Simulation:
             before, after = self._in_flight_at_start, self.counted.in_system.count
             if after > 1.5 * before + 20:
                 return [
-                    f"not steady: requests in flight grew from {before:,} to {after:,} while measuring, so the load "
-                    "exceeds the fleet and latencies grow with the length of the run"
+                    "not steady: requests in flight grew by more than half while measuring, so the load exceeds the "
+                    "fleet and latencies grow with the length of the run"
                 ]
             return []
         # Little's law holds over any window for those in it; when those who left it differ, it is too short.

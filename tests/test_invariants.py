@@ -33,7 +33,6 @@ from sim.spec import (
     Trace,
     Uniform,
 )
-from sim.stations import RouterStation
 from sim.traffic import WorkloadData
 from tests.fleets import FREE_ROUTER, ROOMY, AffineCurve, make_expert, make_plan
 from tests.strategies import plans
@@ -420,19 +419,6 @@ def test_another_replica_changes_nothing_for_a_single_user(plan: RunPlan, more: 
     few, many = alone(expert.replicas), alone(expert.replicas + more)
     assert len(few.requests["sent_s"]) > 1
     assert_equal_columns(few, many, but=("replica_index",))
-
-
-@pytest.mark.parametrize("workers", [1, 2, 4])
-def test_streamed_tokens_take_as_much_of_every_worker(workers: int) -> None:
-    station = RouterStation(
-        FREE_ROUTER.model_copy(update={"per_request_s": 1.0, "per_output_token_s": 0.01, "workers": workers}),
-        lambda: 1.0,
-    )
-    station.change_token_rate(0.0, 50.0 * workers)  # half the time of each
-    for _ in range(workers):
-        assert station.take_request(0.0, 1) == (0.0, 1.0)
-    assert station.take_request(1.0, 1) == (1.5, 2.5)  # half a second of each is still to do
-    assert station.busy_until(4.0) == workers + 1 + 4.0 * 0.5 * workers
 
 
 # ---------------------------------------------------------------------------------------------------------- labels
