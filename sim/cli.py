@@ -35,9 +35,9 @@ class LazyGroup(click.Group):
 
 def _show_version(ctx: click.Context, param: click.Parameter, value: Any) -> None:
     if value and not ctx.resilient_parsing:
-        from importlib.metadata import version
+        from sim.run import program_version
 
-        click.echo(f"expert-router {version('expert-router')}")
+        click.echo(f"expert-router {program_version()}")
         ctx.exit()
 
 

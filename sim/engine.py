@@ -324,12 +324,12 @@ class Engine(Generic[R]):
             self._by_last_iteration[victim.last_iteration].remove(victim)
             victim.last_iteration = -1
         full = victim.computed_tokens // block_size - victim.shared_depth
-        if self.settings.enable_prefix_caching:
-            # Copies of shared blocks that it computed itself lie before its own and are found as shared ones or not.
-            copies = max(0, self._shared_blocks(victim, victim.computed_tokens) - victim.shared_depth)
-            if full > copies:
-                victim.left_behind = PreemptedBlocks(full - copies)
-        kv.give_back(full, victim.held_blocks - victim.shared_depth - full, victim.left_behind)
+        # Copies of shared blocks that it computed itself lie before its own and are found as shared ones or not at all.
+        copies = max(0, self._shared_blocks(victim, victim.computed_tokens) - victim.shared_depth)
+        if full > copies and self.settings.enable_prefix_caching:
+            victim.left_behind = PreemptedBlocks(full - copies)
+        kv.give_back(full - copies, victim.held_blocks - victim.shared_depth - full, victim.left_behind)
+        kv.give_back(copies, 0)
         if victim.group is not None:
             kv.give_back_shared(victim.group, victim.shared_depth)
         victim.held_blocks = victim.shared_depth = victim.computed_tokens = 0

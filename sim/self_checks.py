@@ -66,7 +66,7 @@ def check_run(
     Conservation: every request sent has one outcome. Order: no timestamp lies before the one it follows. Little's law
     (the integral of the number in a station equals the sum of the times spent there) for the whole system, the router
     and every engine, the left side counted by events and the right side from the request records. KV blocks: taken and
-    free ones add up. Speed: no engine makes tokens faster than its own curve allows.
+    free ones add up.
 
     Raises:
         SelfCheckError: one of them fails.

@@ -100,7 +100,7 @@ def command(
             written.append(write_chrome_trace(trace_replica(result, *traced), chrome_trace, out))
         messages.print(f"wrote {len(written)} files to {out}", highlight=False)
     if file is None and not as_json:
-        messages.print(HOW_TO_GO_ON, highlight=False)
+        messages.print(HOW_TO_GO_ON, highlight=False, soft_wrap=True)
     if result.interrupted:
         messages.print(f"interrupted: the figures cover the {len(result.runs)} finished runs", style="yellow")
         raise SystemExit(130)

@@ -231,7 +231,7 @@ def test_help_names_every_command() -> None:
 
 
 def test_version_is_the_installed_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.metadata.version", {"expert-router": "1.2.3"}.__getitem__)
+    monkeypatch.setattr("sim.run.version", {"expert-router": "1.2.3"}.__getitem__)
     assert command("--version").stdout == "expert-router 1.2.3\n"
 
 

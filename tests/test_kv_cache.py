@@ -242,3 +242,12 @@ def test_a_preempted_prompt_that_is_nothing_but_the_shared_prefix_finds_only_wha
         (0, NaiveRequest(number=1, prompt_tokens=2, output_tokens=4, prefix_tokens=2)),
     ]
     assert_engines_agree(settings, requests, runs=False)
+
+
+def test_a_preempted_prompt_that_is_nothing_but_the_shared_prefix_loses_its_copy_too() -> None:
+    settings = replace(SMALL_POOL, block_size=2, num_kv_blocks=5, max_model_len=10, scheduler_reserve_full_isl=True)
+    requests = [
+        (0, NaiveRequest(number=0, prompt_tokens=2, output_tokens=8, prefix_tokens=2)),
+        (0, NaiveRequest(number=1, prompt_tokens=2, output_tokens=4, prefix_tokens=2)),
+    ]
+    assert_engines_agree(settings, requests, runs=False)
