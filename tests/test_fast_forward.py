@@ -29,7 +29,7 @@ def happened(record: RunRecord, name: str) -> NDArray[Any]:
     return column
 
 
-def assert_same_records(plan: RunPlan, *, same_gaps: bool = True) -> RunRecord:
+def assert_same_records(plan: RunPlan) -> RunRecord:
     fast = Simulation(plan).run()
     slow = Simulation(replace(plan, step_by_step=True)).run()
     for name in fast.requests:
@@ -37,7 +37,10 @@ def assert_same_records(plan: RunPlan, *, same_gaps: bool = True) -> RunRecord:
             happened(fast, name), happened(slow, name), rtol=1e-9, atol=ROUNDING_S, equal_nan=True, err_msg=name
         )
     assert fast.gaps.weight.sum() == slow.gaps.weight.sum()
-    for expert_index in range(len(plan.fleet.experts) if same_gaps else 0):
+    # A congested router's delay is foreseen, and can shrink faster than tokens come; such gaps count as 0, which the
+    # two ways do at different points. Everywhere else gaps agree.
+    clipped = any((record.gaps.gap_s <= 0).any() for record in (fast, slow))
+    for expert_index in range(0 if clipped else len(plan.fleet.experts)):
         # Gaps are rounded to the microsecond, so their means agree to one.
         assert mean_gap_s(fast, expert_index) == pytest.approx(mean_gap_s(slow, expert_index), abs=1e-6, nan_ok=True)
     return fast
@@ -63,8 +66,7 @@ def test_fast_forward_changes_no_record_of_any_fleet(plan: RunPlan) -> None:
 @random_fleets
 @given(plans(kv_slope=False))
 def test_fast_forward_changes_no_record_where_streamed_tokens_occupy_the_router(plan: RunPlan) -> None:
-    # How long tokens take through a congested router is looked up once a run, and spread evenly over its gaps.
-    assert_same_records(plan, same_gaps=False)
+    assert_same_records(plan)
 
 
 # --------------------------------------------------------------------------------------------------- deep cases
