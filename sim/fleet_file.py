@@ -25,6 +25,7 @@ from sim.mistakes import (
     shown,
     step,
 )
+from sim.serve_spec import EmbeddingClassifier, TfidfClassifier
 from sim.spec import Empirical, ExpertSpec, FleetFile, Trace
 from sim.yaml_tree import NOWHERE, SET, Node, Path, Place, YamlError, read_yaml
 
@@ -260,6 +261,8 @@ def _with_absolute_paths(value: Any, path: Path, directory: FilePath, mistakes: 
         if isinstance(item, dict | BaseModel)
     }
     if isinstance(value, Trace | Empirical):
+        update["file"] = _absolute(value.file, (*path, "file"), directory, mistakes)
+    if isinstance(value, TfidfClassifier | EmbeddingClassifier) and value.file is not None:
         update["file"] = _absolute(value.file, (*path, "file"), directory, mistakes)
     if isinstance(value, ExpertSpec) and value.profile is not None and is_profile_file(value.profile):
         update["profile"] = _absolute(value.profile, (*path, "profile"), directory, mistakes)

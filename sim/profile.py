@@ -7,7 +7,8 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from sim.service_curve import CurveSource, DecodePiece, IterationWork
-from sim.spec import EngineSpec, PositiveInt, Seconds, Spec
+from sim.spec import EngineSpec
+from sim.spec_base import PositiveInt, Seconds, Spec
 
 
 class ProfileError(ValueError):

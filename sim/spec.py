@@ -5,20 +5,10 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-PositiveInt = Annotated[int, Field(ge=1)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-Share = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class Spec(BaseModel):
-    """Base of every spec: frozen, and unknown fields are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
+from sim.serve_spec import ServeSpec
+from sim.spec_base import PositiveInt, PositiveSeconds, Probability, Seconds, Share, Spec
 
 # ---------------------------------------------------------------------------------------------- lengths and times
 
@@ -141,6 +131,12 @@ class ExpertSpec(Spec):
     gpu: str
     tensor_parallel_size: PositiveInt = 1
     replicas: PositiveInt = 1
+    checkpoint: str | None = Field(
+        None, description="where serve finds the weights, a folder or a hub's name; none: random ones of this shape"
+    )
+    cores: PositiveInt | None = Field(
+        None, description="of each replica on a CPU; none: the machine's, shared evenly over the fleet's replicas"
+    )
     engine: EngineSpec = EngineSpec()
     front_end: FrontEndSpec = FrontEndSpec()
     profile: str | None = Field(
@@ -302,3 +298,4 @@ class FleetFile(Spec):
     fleets: Annotated[dict[str, FleetSpec], Field(min_length=1)]
     run: RunSpec = RunSpec()
     slo: SloSpec | None = None
+    serve: ServeSpec = ServeSpec()
