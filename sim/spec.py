@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from sim.check_spec import CheckSpec
 from sim.serve_spec import ServeSpec
 from sim.spec_base import PositiveInt, PositiveSeconds, Probability, Seconds, Share, Spec
 
@@ -302,3 +303,4 @@ class FleetFile(Spec):
     run: RunSpec = RunSpec()
     slo: SloSpec | None = None
     serve: ServeSpec = ServeSpec()
+    check: CheckSpec = CheckSpec()
