@@ -1,4 +1,4 @@
-"""The ``check`` part of a fleet file: how near a prediction must come to the real run. ``simulate`` does not read it."""
+"""The ``check`` part of a fleet file: how near a prediction must come to the real run. ``simulate`` leaves it alone."""
 
 from typing import Annotated
 
