@@ -24,6 +24,7 @@ class Replica:
     """
 
     __slots__ = (
+        "address",
         "cap",
         "expert",
         "health",
@@ -34,7 +35,6 @@ class Replica:
         "port",
         "return_counts",
         "sent",
-        "url",
     )
 
     def __init__(self, expert: int, index: int, url: str, cap: int, health: ReplicaHealth) -> None:
@@ -43,7 +43,7 @@ class Replica:
         assert parts.port is not None
         self.expert = expert
         self.index = index
-        self.url = url
+        self.address = parts.netloc
         self.host = parts.hostname
         self.port = parts.port
         self.cap = cap

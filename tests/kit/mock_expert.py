@@ -142,6 +142,11 @@ class StreamedAnswer:
         self.over = False
         self.head_sent = False
         self.timer: asyncio.TimerHandle | None = None
+        self.before, self.after = b"", b""
+        if self.stream:
+            text = json.dumps({**self.frame(), "choices": [self.choice(2, "\0")]})
+            before, _, after = text.partition("\\u0000")
+            self.before, self.after = f"data: {before}".encode(), f"{after}\n\n".encode()
 
     def begin(self) -> None:
         expert, behaviour = self.expert, self.behaviour
@@ -191,7 +196,10 @@ class StreamedAnswer:
         self.sent += 1
         if self.stream:
             self.head()
-            self.write(b"data: " + json.dumps(self.chunk()).encode() + b"\n\n")
+            if self.sent in (1, self.tokens):
+                self.write(b"data: " + json.dumps(self.chunk()).encode() + b"\n\n")
+            else:
+                self.write(self.before + self.word(self.sent - 1).encode() + self.after)
         if self.sent == self.tokens:
             self._finish()
 
@@ -238,16 +246,14 @@ class StreamedAnswer:
         return _WORDS[(self.seed + index) % len(_WORDS)] + "x" * self.behaviour.pad
 
     def chunk(self) -> dict[str, Any]:
-        index = self.sent - 1
         reason = "length" if self.sent == self.tokens else None
+        return {**self.frame(), "choices": [self.choice(self.sent, self.word(self.sent - 1), reason)]}
+
+    def choice(self, number: int, text: str, reason: str | None = None) -> dict[str, Any]:
+        content: dict[str, Any] = {"text": text}
         if self.chat:
-            delta: dict[str, str] = {"content": self.word(index)}
-            if index == 0:
-                delta = {"role": "assistant", **delta}
-            choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-        else:
-            choice = {"index": 0, "text": self.word(index), "logprobs": None, "finish_reason": reason}
-        return {**self.frame(), "choices": [choice]}
+            content = {"delta": {"role": "assistant", "content": text} if number == 1 else {"content": text}}
+        return {"index": 0, **content, "logprobs": None, "finish_reason": reason}
 
     def write(self, data: bytes) -> None:
         size = self.behaviour.pieces
