@@ -1,1 +1,1 @@
-"""The real thing: a gateway and its vLLM experts, and users who load them, from the same fleet file as ``simulate``."""
+"""The real thing: vLLM experts, the gateway in front of them, and users, all from the fleet file that ``sim`` reads."""
