@@ -7,6 +7,7 @@ import click
 
 COMMANDS = {
     "simulate": ("sim.simulate_command", "predict fleets from 1 to thousands of users"),
+    "run": ("real.run_command", "measure fleets with real users, as simulate predicts them"),
     "calibrate": ("calibrate.calibrate_command", "fit profiles to measured runs, and tell how wrong predictions are"),
     "schema": ("sim.schema_command", "print the JSON Schema of fleet files, for editors"),
 }
