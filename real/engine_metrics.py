@@ -129,7 +129,8 @@ class EngineMetrics:
             share = hits / queries if queries > 0 else nan
             parts.append(
                 f"{names[place]}: {requests:.0f} requests, queue {queue * 1e3:.1f} ms, prefill {prefill * 1e3:.1f} ms, "
-                f"decode {decode * 1e3:.1f} ms on average, {share:.1%} of prompt tokens cached"
+                f"decode {decode * 1e3:.1f} ms on average, {share:.1%} of prompt tokens cached, asked "
+                f"{len(seen.samples)} times"
             )
         return "; ".join(parts)
 

@@ -104,11 +104,13 @@ class LoadRun:
         self._area_at_start_s = 0.0
         self._began_s = nan
         self._exhausted = False
+        self._interrupted = False
         self._stopped: list[str] = []
         self._timers: set[asyncio.TimerHandle] = set()
 
     def interrupt(self) -> None:
         """End now and keep what was measured."""
+        self._interrupted = True
         if not isnan(self._began_s):
             self._stop(f"interrupted after {self._now_s():.0f} s: the figures are of what had been measured by then")
 
@@ -136,6 +138,8 @@ class LoadRun:
                     self._at(self._plan.run.duration_s, self._done.set)
                 self._tell_progress()
                 self._start_load()
+                if self._interrupted:
+                    self.interrupt()
                 await self._done.wait()
             end_s = self._now_s()
             self._lag.stop()

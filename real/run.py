@@ -6,12 +6,13 @@ import resource
 import secrets
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from real.engine_metrics import ReplicaUrl, ask_json, engine_version
 from real.load_client import patience
@@ -45,7 +46,8 @@ def run(
     seed: int | None = None,
     replications: int | None = None,
     corpus: Path | None = None,
-    logs: Path | None = None,
+    logs: Path = Path("logs"),
+    tell: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Load real fleets of a file at every load, one run after the other, and return the records and figures.
@@ -60,11 +62,13 @@ def run(
         duration_s: length of each run instead of the file's.
         url: of a gateway that runs already, or of the expert of a fleet without a router; None: the fleet is started,
             and stopped afterwards.
-        replica_urls: with ``url``: expert -> where its replicas listen, to ask the engines for their figures.
+        replica_urls: with ``url``: expert -> where its replicas listen, to ask the engines for their figures; None: as
+            the state file in ``logs`` says, if the fleet at ``url`` wrote it.
         seed: instead of the file's.
         replications: instead of the file's.
         corpus: JSON lines ``{"class", "text"}`` that prompts are made of; None: the packaged ones.
-        logs: folder for the logs of a fleet that is started here; None: a temporary one.
+        logs: folder for the logs of a fleet that is started here, or of the one that runs at ``url``.
+        tell: told in one line what happens while a fleet starts.
         progress: told how far it is.
 
     Raises:
@@ -81,11 +85,14 @@ def run(
     file = file.model_copy(update={"fleets": {name: file.fleets[name] for name in names}})
     texts = texts_of_classes(read_corpus(corpus), file.workload.classes)
     session = _Session(file, data, texts, progress)
-    for name in names:
-        if session.interrupted:
-            break
-        with _serving(file, name, url, replica_urls or {}, logs) as target:
-            session.run_fleet(name, target)
+    try:
+        for name in names:
+            with _serving(file, name, url, replica_urls, logs, tell) as target:
+                session.run_fleet(name, target)
+            if session.interrupted:
+                break
+    except KeyboardInterrupt:  # while a fleet starts or stops; during a run Ctrl-C is handled there
+        session.interrupted = True
     return session.result()
 
 
@@ -245,19 +252,42 @@ def _fleets_to_run(file: FleetFile, fleet: str | None, url: str | None) -> list[
 
 @contextmanager
 def _serving(
-    file: FleetFile, name: str, url: str | None, replica_urls: Mapping[str, Sequence[str]], logs: Path | None
+    file: FleetFile,
+    name: str,
+    url: str | None,
+    replica_urls: Mapping[str, Sequence[str]] | None,
+    logs: Path,
+    tell: Callable[[str], None] | None,
 ) -> Iterator[Target]:
     """Yield where to send: the given address, or a fleet that is started for this and stopped afterwards."""
     if url is not None:
-        yield _target(file, name, url, replica_urls)
+        yield _target(file, name, url, _noted_replicas(name, url, logs) if replica_urls is None else replica_urls)
         return
     from real.serving import serving
 
-    with serving(file, name, logs=logs) as served:
-        urls: dict[str, list[str]] = {}
-        for replica in sorted(served.replicas, key=lambda each: each.replica):
-            urls.setdefault(replica.expert, []).append(replica.url)
-        yield _target(file, name, served.url, urls)
+    with serving(file, name, logs=logs, tell=tell) as served:
+        yield _target(
+            file, name, served.url, _by_expert((each.expert, each.replica, each.url) for each in served.replicas)
+        )
+
+
+def _noted_replicas(name: str, url: str, logs: Path) -> dict[str, list[str]]:
+    """Where the replicas of the fleet at ``url`` listen, if it is the one that writes its state there."""
+    if not (logs / "fleet.json").is_file():
+        return {}
+    from real.serving import read_state
+
+    state = read_state(logs)
+    if state is None or state["fleet"] != name or urlsplit(state["url"]).netloc != urlsplit(url).netloc:
+        return {}
+    return _by_expert((each["expert"], each["replica"], each["url"]) for each in state["replicas"])
+
+
+def _by_expert(replicas: Iterable[tuple[str, int, str]]) -> dict[str, list[str]]:
+    urls: dict[str, list[str]] = {}
+    for expert, _, url in sorted(replicas):
+        urls.setdefault(expert, []).append(url)
+    return urls
 
 
 def _target(file: FleetFile, name: str, url: str, replica_urls: Mapping[str, Sequence[str]]) -> Target:

@@ -25,6 +25,13 @@ from sim.traces import TraceError
     metavar="EXPERT=URL",
     help="With --url: an expert's replica, to ask its engine for queue and KV cache; may be repeated.",
 )
+@click.option(
+    "--logs",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("logs"),
+    show_default=True,
+    help="Folder for the logs of a fleet that is started here; with --url: of the one that runs there.",
+)
 @click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change a value of the file.")
 @click.option("--seed", type=click.IntRange(min=0), help="Instead of the file's.")
 @click.option("--replications", type=click.IntRange(min=1), help="Instead of the file's.")
@@ -45,6 +52,7 @@ def command(
     duration_s: float | None,
     url: str | None,
     replicas: tuple[str, ...],
+    logs: Path,
     overrides: tuple[str, ...],
     seed: int | None,
     replications: int | None,
@@ -74,11 +82,12 @@ def command(
                 users=users,
                 duration_s=duration_s,
                 url=url,
-                replica_urls=_by_expert(replicas),
+                replica_urls=_by_expert(replicas) if replicas else None,
                 seed=seed,
                 replications=replications,
                 corpus=prompts,
-                logs=None if out is None else out / "logs",
+                logs=logs,
+                tell=lambda line: messages.print(line, highlight=False, markup=False, soft_wrap=True),
                 progress=progress,
             )
     except ModuleNotFoundError as error:

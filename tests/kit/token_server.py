@@ -3,7 +3,8 @@
     python -m tests.kit.token_server PORT [SETTINGS as JSON]
 
 prints ``ready`` when it listens. A prompt counts one token a word unless ``tokenizer`` names a tokenizer.json. Prompts
-holding ``fail:KIND`` go wrong in that way (see ``_Answers``), and GET /requests lists the bodies received.
+holding ``fail:KIND`` go wrong in that way (see ``_Answers``). GET /requests lists the bodies received, each with the
+client's port and the monotonic time of each chunk sent.
 """
 
 import asyncio
@@ -11,6 +12,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any
 
 import uvloop
@@ -21,13 +23,14 @@ KEEP_BODIES = 10_000
 
 @dataclass
 class Settings:
-    """Seconds until the first token and between tokens; ``model`` is the name served."""
+    """Seconds until the first token and between tokens; the name served; a status to refuse everything with."""
 
     ttft_s: float = 0.05
     itl_s: float = 0.01
     model: str = "mock"
     tokenizer: str | None = None
     headers: dict[str, str] | None = None
+    refuse: int = 0
 
 
 class _Answers:
@@ -47,10 +50,13 @@ class _Answers:
     async def complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         if len(self.bodies) < KEEP_BODIES:
-            self.bodies.append({**body, "x-request-id": request.headers.get("x-request-id")})
+            assert request.transport is not None
+            port = request.transport.get_extra_info("peername")[1]
+            body |= {"x-request-id": request.headers.get("x-request-id"), "port": port, "chunk_s": []}
+            self.bodies.append(body)
         prompt = body["prompt"]
-        fail = prompt.partition("fail:")[2].split(" ")[0]
-        if fail in ("400", "429", "503"):
+        fail = str(self.settings.refuse or prompt.partition("fail:")[2].split(" ")[0])
+        if fail in ("400", "404", "429", "503"):
             headers = {"Retry-After": "1"} if fail == "429" else {}
             return web.json_response({"error": {"message": "no", "code": int(fail)}}, status=int(fail), headers=headers)
         headers = {"Content-Type": "text/event-stream", "x-request-id": request.headers.get("x-request-id", "")}
@@ -74,8 +80,11 @@ class _Answers:
         response.enable_chunked_encoding()
         for number in range(body["max_tokens"]):
             await asyncio.sleep(due_s - loop.time())
+            if not number and fail == "mute":
+                await asyncio.sleep(3600)
             if not number:
                 await response.prepare(request)
+            body.get("chunk_s", []).append(monotonic())
             await response.write(_event({"choices": [{"index": 0, "text": " token", "finish_reason": None}]}))
             due_s += settings.itl_s
             if number == 2 and fail == "error":
