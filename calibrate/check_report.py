@@ -113,9 +113,7 @@ def check_picture(figures: Sequence[Figure], title: str) -> "Picture":
             bounds = [row.predicted_low for row in rows], [row.predicted_high for row in rows]
             ax.fill_between(loads, *bounds, color=COLOURS[0], alpha=0.2, linewidth=0)
             measured = np.array([row.measured for row in rows])
-            spread = np.array(
-                [[row.measured - row.measured_low, row.measured_high - row.measured] for row in rows]
-            ).T
+            spread = np.array([[row.measured - row.measured_low, row.measured_high - row.measured] for row in rows]).T
             known = np.nan_to_num(np.maximum(spread, 0.0)) if len(rows) else None
             ax.errorbar(
                 loads, measured, yerr=known, fmt="o", color=COLOURS[1], capsize=3, label="measured, 90 % bootstrap"
@@ -137,7 +135,10 @@ def _loads(figures: Sequence[Figure]) -> list[float]:
 
 def _figure_table(figures: Sequence[Figure]) -> Table:
     table = Table(
-        title="predicted / measured, error; * outside tolerance and noise", title_justify="left", box=BOX, title_style="bold"
+        title="predicted / measured, error; * outside tolerance and noise",
+        title_justify="left",
+        box=BOX,
+        title_style="bold",
     )
     table.add_column("load", justify="right")
     table.add_column("expert")

@@ -135,8 +135,8 @@ class EngineMetrics:
             share = hits / queries if queries > 0 else nan
             parts.append(
                 f"{names[place]}: {stats.engine_requests:.0f} requests, queue {stats.engine_queue_s * 1e3:.1f} ms, "
-                f"prefill {stats.engine_prefill_s * 1e3:.1f} ms, decode {stats.engine_decode_s * 1e3:.1f} ms on average, "
-                f"{share:.1%} of prompt tokens cached, asked {len(seen.samples)} times"
+                f"prefill {stats.engine_prefill_s * 1e3:.1f} ms, decode {stats.engine_decode_s * 1e3:.1f} ms "
+                f"on average, {share:.1%} of prompt tokens cached, asked {len(seen.samples)} times"
             )
         return "; ".join(parts)
 

@@ -122,6 +122,7 @@ def load_record(
         if plan.fleet.router is None
         else RouterStats(utilization=nan, requests=_in_router(requests, window_s)),
         checks=checks,
+        began_monotonic_s=began_s,
     )
     measured = completed_in_window(record)
     median_s = float(np.median(ttft_s(requests)[measured])) if measured.any() else nan

@@ -119,6 +119,7 @@ class RunRecord:
         router: None for a fleet without one.
         notes: what a reader of the figures must know (truncation, extrapolation, growing backlog).
         checks: name of each self-check -> what it found; a failed check raises instead.
+        began_monotonic_s: ``time.monotonic()`` at time 0 of a real run; NaN for a simulated one.
     """
 
     fleet: str
@@ -134,3 +135,4 @@ class RunRecord:
     router: RouterStats | None
     notes: tuple[str, ...] = ()
     checks: dict[str, str] = field(default_factory=dict)
+    began_monotonic_s: float = nan
