@@ -1,6 +1,7 @@
 """How many requests an engine's iterations hold, as shares of iterations."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,5 +20,5 @@ def batch_shares(sizes: NDArray[np.int64]) -> list[float]:
 
 def bin_labels(bins: Sequence[int]) -> list[str]:
     """Return ``1``, ``2``, ``3-4`` and so on."""
-    labels = [str(low) if low == high - 1 else f"{low}-{high - 1}" for low, high in zip(bins, bins[1:], strict=False)]
+    labels = [str(low) if low == high - 1 else f"{low}-{high - 1}" for low, high in pairwise(bins)]
     return [*labels, f"{bins[-1]}+"]

@@ -8,11 +8,11 @@ from math import isnan
 from pathlib import Path
 
 import numpy as np
+from real.iteration_log import IterationLog
 
 from calibrate.batch_sizes import BATCH_BINS, batch_shares, bin_labels
 from calibrate.comparison import Figure, compare, coverage
 from calibrate.station_times import StationTime, station_times
-from real.iteration_log import IterationLog
 from real.run import run
 from real.serving import RunningFleet, serving
 from sim.resolve import profile_of
@@ -75,12 +75,12 @@ class CheckOutcome:
         return bool(judged) and not self.failing and self.coverage >= self.file.check.tolerances.coverage
 
     def remarks(self) -> list[str]:
-        """What stands below the tables: verdict, coverage, where the worst figure comes from, and the real runs' notes."""
+        """What stands below the tables: verdict, coverage, the station furthest off, and the real runs' notes."""
         judged = [figure for figure in self.figures if figure.passes is not None]
         lines = [
             f"{'PASS' if self.passed else 'FAIL'}: {len(judged) - len(self.failing)} of {len(judged)} judged figures "
-            f"within tolerance or noise; {self.coverage:.0%} of the fleet's measured figures inside their predicted 90 % "
-            f"intervals (at least {self.file.check.tolerances.coverage:.0%} asked)"
+            f"within tolerance or noise; {self.coverage:.0%} of the fleet's measured figures inside their predicted "
+            f"90 % intervals (at least {self.file.check.tolerances.coverage:.0%} asked)"
         ]
         lines += [
             f"  {figure.column} at load {figure.load:g}: {figure.error:+.1%}, limit {figure.limit:.1%} (noise "
@@ -173,7 +173,7 @@ def check(file: FleetFile, fleet: str, *, logs: Path, step: Step) -> CheckOutcom
 
 
 def _ends(file: FleetFile, fleet: str) -> list[dict[str, float]]:
-    """All experts' iteration times at the low and at the high end of what their profiles' held-out errors leave open."""
+    """All experts' iteration times at either end of what their profiles' held-out errors leave open."""
     errors = {}
     for name, expert in file.fleets[fleet].experts.items():
         profile = profile_of(expert)
