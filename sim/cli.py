@@ -12,6 +12,7 @@ COMMANDS = {
     "serve": ("real.serve_command", "run a fleet for real: its vLLM experts and the gateway, OpenAI-compatible"),
     "check": ("calibrate.check_command", "predict a fleet, run it for real, and tell how far apart the two are"),
     "models": ("real.models_command", "make checkpoints in a model's true shape, for machines without its weights"),
+    "router": ("real.router_command", "fit the classifier of prompts, ask it why, and tell what it is worth"),
     "schema": ("sim.schema_command", "print the JSON Schema of fleet files, for editors"),
 }
 
