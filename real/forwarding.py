@@ -257,14 +257,17 @@ class Forwarding:
         return exchange
 
     def _note_failure(self, replica: Replica, kind: str) -> None:
-        """Take a replica out, unless it was just slow with this request while it answers others."""
+        """Take a replica out that cannot be reached or is silent; not one that is slow while it answers others.
+
+        A broken answer counts like a 5xx: a few in a row are needed, because one request alone may be to blame.
+        """
         now_s = self._clock()
         silent = now_s - replica.heard_s > self._config.serve.health.interval_s
-        if kind in ("connect_failed", "reset") or (kind in ("first_byte_timeout", "idle_timeout") and silent):
+        if kind == "connect_failed" or (kind in ("first_byte_timeout", "idle_timeout") and silent):
             replica.health.failed(now_s)
-            self.admission.hand_out()
-        elif kind == "no_done":
+        elif kind in ("reset", "no_done"):
             replica.health.server_error(now_s)
+        self.admission.hand_out()
 
     async def _relay(
         self, request: web.BaseRequest, outcome: Outcome, exchange: Exchange, replica: Replica

@@ -7,7 +7,6 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from sim.resolve import engine_limits, experts_of_classes, routes_by_class
 from sim.serve_spec import ServeSpec
 from sim.spec import FleetFile, RouterSpec
 from sim.spec_base import Spec
@@ -93,6 +92,8 @@ def gateway_config(
     Raises:
         ValueError: the fleet has no router.
     """
+    from sim.resolve import engine_limits, experts_of_classes, routes_by_class  # heavy, and no gateway process needs it
+
     fleet = file.fleets[fleet_name]
     if fleet.router is None:
         raise ValueError(f"fleets.{fleet_name} has no router, so there is no gateway to run; give it one")

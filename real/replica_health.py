@@ -1,7 +1,7 @@
 """Whether a replica gets requests: what active checks and passing requests say about it, as a state machine.
 
-In rotation -> out, when checks are missed, or a request finds the connection refused, broken or silent, or answers
-with 5xx come in a row. Out -> on trial, after a wait and good checks in a row: one request tries it. Its first good
+In rotation -> out, when checks are missed, or a request finds the replica unreachable or silent, or 5xx or broken
+answers come in a row. Out -> on trial, after a wait and good checks in a row: one request tries it. Its first good
 byte brings the replica back, its failure doubles the wait. A 4xx is the client's mistake and never counts. The clock
 is the caller's, so that nothing here waits.
 """
@@ -107,13 +107,13 @@ class ReplicaHealth:
             self.returned_s = now_s
 
     def server_error(self, now_s: float) -> None:
-        """Note an answer with 5xx."""
+        """Note an answer with 5xx, or one that broke off."""
         self._server_errors += 1
         if self.state is State.TRIAL or self._server_errors >= SERVER_ERRORS_IN_A_ROW:
             self.failed(now_s)
 
     def failed(self, now_s: float) -> None:
-        """Note a connection refused or broken, or a silence that was too long."""
+        """Note a connection refused, or a silence that was too long."""
         if self.state is State.TRIAL:
             self._wait_s = min(2 * self._wait_s, LONGEST_WAIT_S)
         if self.state is not State.OUT:

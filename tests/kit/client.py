@@ -3,11 +3,12 @@
 import asyncio
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import httptools
+import uvloop
 
 
 @dataclass
@@ -74,8 +75,7 @@ class Connection(asyncio.Protocol):
 
     transport: asyncio.Transport
 
-    def __init__(self, keep_bodies: bool = True) -> None:
-        self.keep_bodies = keep_bodies
+    def __init__(self) -> None:
         self.reply: Reply | None = None
         self.over: asyncio.Future[None] | None = None
         self.lost = False
@@ -114,8 +114,7 @@ class Connection(asyncio.Protocol):
         reply = self.reply
         assert reply is not None
         reply.times_s.append(time.monotonic())
-        if self.keep_bodies:
-            self.parts.append(body)
+        self.parts.append(body)
         if self.on_chunk is not None:
             self.on_chunk(reply)
 
@@ -161,9 +160,8 @@ def wire_request(path: str, body: bytes | None, headers: dict[str, str] | None =
 class Client:
     """Connections to one address, kept alive between requests."""
 
-    def __init__(self, port: int, *, keep_bodies: bool = True, headers: dict[str, str] | None = None) -> None:
+    def __init__(self, port: int, *, headers: dict[str, str] | None = None) -> None:
         self.port = port
-        self.keep_bodies = keep_bodies
         self.headers = headers or {}
         self.idle: list[Connection] = []
         self.numbers = 0
@@ -174,9 +172,7 @@ class Client:
             connection = self.idle.pop()
             if not connection.lost:
                 return connection
-        _, connection = await asyncio.get_running_loop().create_connection(
-            lambda: Connection(self.keep_bodies), "127.0.0.1", self.port
-        )
+        _, connection = await asyncio.get_running_loop().create_connection(Connection, "127.0.0.1", self.port)
         return connection
 
     async def request(
@@ -231,6 +227,21 @@ class Client:
         for connection in self.idle:
             connection.transport.abort()
         self.idle = []
+
+
+def play(port: int, story: Callable[[Client], Awaitable[None]], replies: list[Reply] | None = None) -> None:
+    """Run a story with a client of its own; the replies are kept in the list."""
+
+    async def whole() -> None:
+        client = Client(port)
+        client.replies = [] if replies is None else replies
+        try:
+            await story(client)
+        finally:
+            client.close()
+            await asyncio.sleep(0)
+
+    uvloop.run(whole())
 
 
 _SENDING = ("headers", "leave_after_s", "leave_after_chunks", "timeout_s")

@@ -66,16 +66,26 @@ class Expert(Process):
     """A mock expert."""
 
     def __init__(
-        self, model: str = "code", *, port: int | None = None, log: Path | None = None, **behaviour: Any
+        self,
+        model: str = "code",
+        *,
+        port: int | None = None,
+        log: Path | None = None,
+        curve: Mapping[str, float] | None = None,
+        wait: bool = True,
+        **behaviour: Any,
     ) -> None:
         self.port = port or free_port()
         self.model = model
         self.log = log
-        curve = behaviour.pop("curve", None)
         arguments = ["--port", str(self.port), "--model", model, "--behaviour", json.dumps(behaviour)]
         arguments += ["--log", str(log)] if log is not None else []
         arguments += ["--curve", json.dumps(curve)] if curve is not None else []
         super().__init__("tests.kit.mock_expert", *arguments)
+        if wait:
+            self.wait_until_ready()
+
+    def wait_until_ready(self) -> None:
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == b"ready\n"
 
