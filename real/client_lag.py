@@ -16,6 +16,7 @@ LAG_SHARE_OF_TTFT = 0.1
 LAG_FLOOR_S = 0.002
 """Below this nothing is said: the event loop's timers count whole milliseconds."""
 BUSY_LIMIT = 0.8  # of a core
+SHORTEST_S = 1.0  # in less, a share of a core says nothing
 
 
 class ClientLag:
@@ -85,7 +86,7 @@ class ClientLag:
                 f"the load client sent late: by {late_s * 1e3:.1f} ms (p99) after requests were due; latencies count "
                 "from the real send, so the load was lighter than the file's"
             )
-        if self.cpu_share > BUSY_LIMIT:
+        if self.cpu_share > BUSY_LIMIT and self._elapsed_s > SHORTEST_S:
             notes.append(
                 f"the load client used {self.cpu_share:.0%} of a core: near its limit, latencies may be its own"
             )

@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
+from real.reference_models import ensure_reference_model
 from sim.mistakes import did_you_mean
 from sim.spec import ExpertSpec
 
@@ -93,12 +95,8 @@ def load_tokenizer(expert: ExpertSpec) -> Any:
     Raises:
         ValueError: it has none.
     """
-    from tokenizers import Tokenizer
-
     if expert.checkpoint is None:
-        from real.reference_models import ensure_reference_model
-
-        folder: Path = ensure_reference_model(expert.model, expert.quantization)[0].folder
+        folder = ensure_reference_model(expert.model, expert.quantization)[0].folder
     else:
         folder = Path(expert.checkpoint).expanduser()
         if not folder.exists():

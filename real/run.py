@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import uvloop
+
 from real.engine_metrics import ReplicaUrl, ask_json, engine_version
 from real.load_client import patience
 from real.load_run import LoadRun, Target
 from real.prompts import PromptWriter, load_tokenizer, read_corpus, texts_of_classes
+from real.serving import read_state, serving
 from sim.feasibility import check_feasible
 from sim.fleet import Fleet
 from sim.mistakes import did_you_mean
@@ -211,8 +214,6 @@ class _Session:
 
 def _in_event_loop(work: Callable[[], Any]) -> None:
     """Run a coroutine to its end; in a thread of its own where this one has an event loop, as in a notebook."""
-    import uvloop
-
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -263,8 +264,6 @@ def _serving(
     if url is not None:
         yield _target(file, name, url, _noted_replicas(name, url, logs) if replica_urls is None else replica_urls)
         return
-    from real.serving import serving
-
     with serving(file, name, logs=logs, tell=tell) as served:
         yield _target(
             file, name, served.url, _by_expert((each.expert, each.replica, each.url) for each in served.replicas)
@@ -273,10 +272,6 @@ def _serving(
 
 def _noted_replicas(name: str, url: str, logs: Path) -> dict[str, list[str]]:
     """Where the replicas of the fleet at ``url`` listen, if it is the one that writes its state there."""
-    if not (logs / "fleet.json").is_file():
-        return {}
-    from real.serving import read_state
-
     state = read_state(logs)
     if state is None or state["fleet"] != name or urlsplit(state["url"]).netloc != urlsplit(url).netloc:
         return {}

@@ -71,8 +71,12 @@ def command(
     if replicas and url is None:
         raise click.UsageError("--replica-url needs --url; a fleet that is started here is known")
     try:
+        from real.expert_server import EngineFailedError
         from real.run import run
-
+    except ModuleNotFoundError as error:
+        messages.print(f"run needs {error.name}; install it with: pip install 'expert-router\\[serve]'", style="red")
+        raise SystemExit(2) from None
+    try:
         if out is not None:
             make_folder(out)
         with progress_bar(messages, "measuring") as progress:
@@ -90,9 +94,9 @@ def command(
                 tell=lambda line: messages.print(line, highlight=False, markup=False, soft_wrap=True),
                 progress=progress,
             )
-    except ModuleNotFoundError as error:
-        messages.print(f"run needs {error.name}; install it with: pip install 'expert-router[serve]'", style="red")
-        raise SystemExit(2) from None
+    except EngineFailedError as error:
+        messages.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
+        raise SystemExit(1) from None
     except (FleetFileError, TraceError, ValueError) as error:
         messages.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(2) from None
@@ -109,6 +113,9 @@ def command(
     if result.interrupted:
         messages.print("interrupted: the figures cover what had been measured", style="yellow")
         raise SystemExit(130)
+    if not any(row["completed"] for row in result.summary_rows):
+        messages.print("not one request completed", style="red")
+        raise SystemExit(1)
 
 
 def _by_expert(replicas: tuple[str, ...]) -> dict[str, list[str]]:

@@ -110,6 +110,9 @@ class _Answers:
     async def version(self, request: web.Request) -> web.Response:
         return web.json_response({"version": "0.0.mock"})
 
+    async def health(self, request: web.Request) -> web.Response:
+        return web.Response()
+
     async def metrics(self, request: web.Request) -> web.Response:
         labels = f'{{engine="0",model_name="{self.settings.model}"}}'
         values = {
@@ -137,6 +140,7 @@ async def _serve(port: int, settings: Settings) -> None:
     app.router.add_get("/requests", answers.requests)
     app.router.add_get("/version", answers.version)
     app.router.add_get("/metrics", answers.metrics)
+    app.router.add_get("/health", answers.health)
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", port, backlog=4096)
