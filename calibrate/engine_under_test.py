@@ -97,9 +97,7 @@ class RunningExpert:
         self._life = LifeLine()
         try:
             placement = Placement(cores=cores) if cores else place_replicas({name: spec})[0][name][0]
-            plan = plan_replica(
-                name, 0, spec, checkpoint=find_checkpoint(name, spec), placement=placement, port=port
-            )
+            plan = plan_replica(name, 0, spec, checkpoint=find_checkpoint(name, spec), placement=placement, port=port)
             self._server = ExpertServer(plan, logs=folder, life=self._life)
             self._server.start()
             report = self._server.wait_until_ready()
@@ -128,7 +126,9 @@ class RunningExpert:
                     "num_gpu_blocks_override": settings.num_kv_blocks + 1,
                     "enable_prefix_caching": settings.enable_prefix_caching,
                     "async_scheduling": settings.async_scheduling,
-                    "enforce_eager": spec.engine.enforce_eager if report.enforce_eager is None else report.enforce_eager,
+                    "enforce_eager": spec.engine.enforce_eager
+                    if report.enforce_eager is None
+                    else report.enforce_eager,
                 }
             ),
             num_gpu_blocks=settings.num_kv_blocks + 1,

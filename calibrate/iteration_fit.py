@@ -75,18 +75,19 @@ class Observations:
 class TermFit:
     """Parameters by name of TERMS, and the floor of the matrix work in tokens."""
 
-    values: dict[str, float]
+    terms: dict[str, float]
     floor_tokens: int
     graph_sizes: tuple[int, ...]
 
     def predict_s(self, works: Floats) -> Floats:
         """Return seconds of iterations, ``works`` as in ``Observations``."""
-        return design(works, self.floor_tokens, self.graph_sizes) @ np.array([self.values[name] for name in TERMS])
+        matrix = design(works, self.floor_tokens, self.graph_sizes)
+        return np.asarray(matrix @ np.array([self.terms[name] for name in TERMS]))
 
     @property
     def weights_s(self) -> float:
         """The floor in seconds."""
-        return self.values["per_token"] * self.floor_tokens
+        return self.terms["per_token"] * self.floor_tokens
 
 
 def observations(records: pd.DataFrame) -> Observations:
@@ -179,7 +180,7 @@ def fit_terms(
         loss, values = _solve(design(seen.works, floor, sizes), seen, expected_s, rounds=30 if start is None else 6)
         if best is None or loss < best[0] * (1 - 1e-9):
             named = {name: float(value) for name, value in zip(TERMS, values, strict=True)}
-            best = loss, TermFit(values=named, floor_tokens=floor, graph_sizes=sizes)
+            best = loss, TermFit(terms=named, floor_tokens=floor, graph_sizes=sizes)
     assert best is not None
     return best[1]
 
@@ -227,7 +228,7 @@ def term_parameters(
         refits.append(fit_terms(seen.select(rows), graph_sizes=graph_sizes, floors=near, start=fitted))
 
     def parameter(name: str) -> Parameter:
-        values = [each.weights_s if name == "weights" else each.values[name] for each in refits]
+        values = [each.weights_s if name == "weights" else each.terms[name] for each in refits]
         low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
         value = _digits(values[0])
         return Parameter(value=value, low=min(_digits(low), value), high=max(_digits(high), value))

@@ -1,9 +1,9 @@
 """What each logged iteration computed, worked out from the requests that were sent.
 
 The log tells how many prompts and decodes an iteration had, not how much KV they read. That follows from the requests:
-they are sent again through the simulated scheduler (``sim.engine``), each entering when the log shows it admitted. Where
-the scheduler's batch has other counts than the log, the record says so (``matched``), and so do all after it in the
-same stretch.
+they are sent again through the simulated scheduler (``sim.engine``), each entering when the log shows it admitted.
+Where the scheduler's batch has other counts than the log, the record says so (``matched``), and so do all after it in
+the same stretch.
 """
 
 from bisect import bisect_right
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import isnan, nan
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -39,7 +40,7 @@ ITERATION_COLUMNS = {
     "matched": "bool",
 }
 """One row per iteration. ``cycle_s``: from the end of the one before to its own end, NaN when the engine was idle
-between them. ``prefill_*`` and ``decode*`` are the fields of ``sim.service_curve.IterationWork``, 0 where not matched."""
+between them. ``prefill_*`` and ``decode*`` are the fields of ``sim.service_curve.IterationWork``, 0 if not matched."""
 
 SENT_COLUMNS = {
     "point": "str",
@@ -52,7 +53,7 @@ SENT_COLUMNS = {
     "chunks": "int64",
     "failure": "str",
 }
-"""One row per request: times on the monotonic clock, NaN where there are none; ``failure`` is empty for a good answer."""
+"""One row per request: times on the monotonic clock, NaN where there are none; ``failure`` is empty for a good one."""
 
 _SEARCHED = 12  # requests looked at for the ones that an iteration admitted
 
@@ -72,8 +73,7 @@ class SentRequest:
     failure: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoggedCounts:
+class LoggedCounts(NamedTuple):
     """A batch as vLLM counts it: a recomputed request with output is generation, whatever its tokens."""
 
     context_requests: int
@@ -151,10 +151,51 @@ def reconstruct(
     return pd.DataFrame(rows, columns=list(ITERATION_COLUMNS)).astype(ITERATION_COLUMNS)
 
 
+def admissions(
+    lines: Sequence[IterationLine], sent: Sequence[SentRequest], settings: EngineSettings
+) -> list[int | None]:
+    """Return in which of the iterations each request was admitted, None where the log is not understood."""
+    engine: Engine[EngineRequest] = Engine(settings)
+    queue = _Arrivals(sent, [line.ended_s for line in lines])
+    admitted: dict[EngineRequest, int] = {}
+    for number, line in enumerate(lines):
+        queue.let_in(engine, counts_of_line(line))
+        batch = engine.schedule()
+        if batch is None or counts_of(batch) != counts_of_line(line):
+            break
+        for request in batch.admitted:
+            admitted.setdefault(request, number)
+        engine.finish_run(1)
+    return [admitted.get(request) for request in queue.requests]
+
+
 def sent_frame(sent: Iterable[SentRequest]) -> pd.DataFrame:
     """Return requests as a frame of SENT_COLUMNS."""
     rows = [tuple(getattr(request, name) for name in SENT_COLUMNS) for request in sent]
     return pd.DataFrame(rows, columns=list(SENT_COLUMNS)).astype(SENT_COLUMNS)
+
+
+def lines_of(records: pd.DataFrame) -> list[IterationLine]:
+    """Return the log lines that records (``ITERATION_COLUMNS``) were made of."""
+    return [
+        IterationLine(
+            engine=0,
+            iteration=row["iteration"],
+            ended_s=row["ended_s"],
+            context_requests=row["context_requests"],
+            context_tokens=row["context_tokens"],
+            generation_requests=row["generation_requests"],
+            generation_tokens=row["generation_tokens"],
+            elapsed_s=row["elapsed_s"],
+            kv_usage=None if isnan(row["kv_usage"]) else row["kv_usage"],
+        )
+        for row in records.to_dict("records")
+    ]
+
+
+def sent_of(requests: pd.DataFrame) -> list[SentRequest]:
+    """Return requests from rows of SENT_COLUMNS."""
+    return [SentRequest(**{str(name): value for name, value in row.items()}) for row in requests.to_dict("records")]
 
 
 def _done(request: EngineRequest, iteration: int) -> bool:
@@ -162,7 +203,11 @@ def _done(request: EngineRequest, iteration: int) -> bool:
 
 
 class _Arrivals:
-    """Requests in the order in which the engine admitted them, as far as their first tokens tell."""
+    """Requests in the order in which the engine admitted them, as far as their first tokens tell.
+
+    Attributes:
+        requests: in the order given.
+    """
 
     def __init__(self, sent: Iterable[SentRequest], ends_s: Sequence[float]):
         requests = list(sent)
@@ -174,7 +219,8 @@ class _Arrivals:
                 requests[n].sent_s,
             ),
         )
-        self._pending = deque(EngineRequest(requests[n].prompt_tokens, requests[n].output_tokens) for n in order)
+        self.requests = [EngineRequest(request.prompt_tokens, request.output_tokens) for request in requests]
+        self._pending = deque(self.requests[n] for n in order)
 
     def let_in(self, engine: Engine[EngineRequest], wanted: LoggedCounts) -> None:
         """Queue the requests that an iteration with these counts admits, beyond those waiting already.

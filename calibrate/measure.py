@@ -129,7 +129,7 @@ def _meta(spec: ExpertSpec, engine: EngineUnderTest, lengths: Lengths, command: 
         ),
         settings=asdict(facts.settings),
         num_gpu_blocks=facts.num_gpu_blocks,
-        device=device_name(gpu=gpu.name != "CPU"),
+        device=device_name(gpu=gpu.kind != "cpu"),
         cores=list(facts.cores),
         command=list(command),
         engine_command=list(facts.command),
@@ -164,7 +164,7 @@ class _Session:
         meta = measured.meta
         assert meta is not None
         self._graph_sizes = graph_sizes(meta)
-        self._on_gpu = find_gpu(spec.gpu).name != "CPU"
+        self._on_gpu = find_gpu(spec.gpu).kind != "cpu"
 
     async def run(self) -> None:
         """Measure until the budget is used."""
@@ -179,7 +179,7 @@ class _Session:
         finally:
             client.close()
 
-    def _points(self) -> list[MeasuredPoint]:
+    def _points(self) -> tuple[MeasuredPoint, ...]:
         meta = self._measured.meta
         assert meta is not None
         return meta.points
@@ -193,13 +193,11 @@ class _Session:
             if not since or spent_s - since[-1] > REFERENCE_EVERY_S:
                 await self._measure(client, REFERENCE, reference=True)
                 continue
-            missing = [
-                point for point in first_design(self._settings, self._lengths) if not times[point.name]
-            ]
+            missing = [point for point in first_design(self._settings, self._lengths) if not times[point.name]]
             if missing:
                 await self._measure(client, missing[0])
                 continue
-            noisy = self._noisy(times)
+            noisy = self._noisy(times, known)
             if noisy is not None:
                 await self._measure(client, noisy)
                 continue
@@ -211,8 +209,8 @@ class _Session:
 
     async def _check(self, client: PointClient) -> None:
         """Closed-loop users, as many requests as the time left allows."""
-        done = {point.label.partition("#")[0] for point in self._points()}
-        points = [point for point in closed_points(self._settings, self._lengths) if point.name not in done]
+        done = sum(point.label.startswith("closed") for point in self._points())
+        points = closed_points(self._settings, self._lengths)[done:]
         fit, _ = self._fit()
         for number, point in enumerate(points):
             left_s = (self._budget_s - _seconds(self._measured)) / (len(points) - number)
@@ -221,10 +219,9 @@ class _Session:
             decode = np.array([[0, 0, 0, 0, point.users, point.users * context]], dtype=np.float64)
             prefill = np.array([[prompts, 1, prompts**2 / 2, prompts, 0, 0]], dtype=np.float64)
             request_s = float(fit.predict_s(decode)[0] * outputs / point.users + fit.predict_s(prefill)[0])
-            requests = int(max(point.users, min(8 * point.users, left_s / request_s)))
-            await self._measure(
-                client, Point(kind="closed", requests=requests, users=point.users)
-            )
+            users = int(max(1, min(point.users, left_s / request_s)))
+            requests = int(max(users, min(8 * users, left_s / request_s)))
+            await self._measure(client, Point(kind="closed", requests=requests, users=users))
 
     async def _measure(self, client: PointClient, point: Point, *, reference: bool = False) -> None:
         points = self._points()
@@ -262,8 +259,8 @@ class _Session:
         )
         if not len(records):
             raise MeasurementError(
-                f"{self._engine.log} has no iterations: the engine must run with --enable-logging-iteration-details and "
-                "the logging configuration of real.iteration_log"
+                f"{self._engine.log} has no iterations: the engine must run with --enable-logging-iteration-details "
+                "and the logging configuration of real.iteration_log"
             )
 
     def _fit(self) -> tuple[TermFit, float]:
@@ -286,7 +283,7 @@ class _Session:
                 choice.learn(told)
         return choice.best(known, seconds_left)
 
-    def _noisy(self, times: Counter[str]) -> Point | None:
+    def _noisy(self, times: Counter[str], known: list[Candidate]) -> Point | None:
         """The point measured last, if its mean is not yet known well enough."""
         last = self._points()[-1].label.partition("#")[0]
         if times[last] >= MOST_TIMES or last == "reference":
@@ -295,7 +292,10 @@ class _Session:
         mine = rows[rows["point"].str.startswith(f"{last}#") & rows["matched"] & (rows["prefill_chunks"] == 0)]
         if standard_error(mine) <= NOISY:
             return None
-        among = [*first_design(self._settings, self._lengths), *(c.point for c in candidates(self._settings, self._lengths))]
+        among = [
+            *first_design(self._settings, self._lengths),
+            *(c.point for c in candidates(self._settings, self._lengths)),
+        ]
         return next((point for point in among if point.name == last and point.kind == "steps"), None)
 
 

@@ -3,9 +3,9 @@
 A point is a batch of alike requests that decode together, into which further prompts arrive one after another; or one
 prompt at a time into an idle engine; or closed-loop users, kept aside as a check. What a point would tell is found by
 running it through the simulated scheduler. Near its solution the fit is a linear model, so a point's rows take a known
-amount off the variance of every prediction; the point is chosen that takes most off the mean variance of the predictions
-that matter, a second of measuring (I-optimality; Atkinson, Donev and Tobias 2007, chapter 10). The model of a choice is
-richer than the fit's: it also doubts that time is linear in tokens, or else only the corners would be measured.
+amount off the variance of every prediction; the point is chosen that takes most off the mean variance of those
+predictions that matter, a second of measuring (I-optimality; Atkinson, Donev and Tobias 2007, chapter 10). The model of
+a choice is richer than the fit's: it also doubts that time is linear in tokens, or only the corners would be measured.
 """
 
 from collections import Counter
@@ -218,7 +218,9 @@ def first_design(settings: EngineSettings, lengths: Lengths) -> list[Point]:
     steps = DECODE_STEPS + 2 * LATE_PROMPTS
     points = [
         Point(kind="steps", requests=1, prompt_tokens=16, output_tokens=DECODE_STEPS),
-        Point(kind="steps", requests=batch, prompt_tokens=16, output_tokens=steps, late=LATE_PROMPTS, late_tokens=middle),
+        Point(
+            kind="steps", requests=batch, prompt_tokens=16, output_tokens=steps, late=LATE_PROMPTS, late_tokens=middle
+        ),
         Point(kind="steps", requests=settings.max_num_seqs, prompt_tokens=16, output_tokens=DECODE_STEPS),
     ]
     points += idle_points(lengths)
@@ -320,7 +322,7 @@ class Choice:
 def rough_fit() -> TermFit:
     """Return times to plan the first points with, of a small model on one core; soon replaced by measured ones."""
     values = dict(zip(TERMS, (1.5e-2, 4e-4, 4e-7, 2e-4, 3e-4, 2e-6), strict=True))
-    return TermFit(values=values, floor_tokens=0, graph_sizes=())
+    return TermFit(terms=values, floor_tokens=0, graph_sizes=())
 
 
 def _powers(first: int, most: int) -> list[int]:

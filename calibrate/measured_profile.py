@@ -1,8 +1,10 @@
 """From a folder that ``calibrate measure`` wrote to a profile."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from calibrate.front_end_fit import fit_front_end
 from calibrate.iteration_fit import (
@@ -12,12 +14,12 @@ from calibrate.iteration_fit import (
     held_out_errors,
     mean_error,
     observations,
-    part_errors,
     term_parameters,
 )
 from calibrate.measurement_files import MeasuredPoint, MeasurementError, MeasurementFolder, Meta
 from sim.catalogue import find_gpu
 from sim.cuda_graphs import capture_sizes
+from sim.fleet import EngineSettings
 from sim.profile import FittedRange, Profile, Residuals
 from sim.resolve import profile_name
 
@@ -39,7 +41,7 @@ class MeasuredProfile:
     profile: Profile
     fitted: TermFit
     observed: Observations
-    held_out: np.ndarray
+    held_out: NDArray[np.float64]
     check: dict[str, float]
     drift: list[float]
     matched: float
@@ -86,7 +88,9 @@ def fit_folder(measured: MeasurementFolder) -> MeasuredProfile:
             max_prefill_tokens=int(seen.works[:, 0].max()),
         ),
         cuda_graph_sizes=list(sizes),
-        front_end=fit_front_end(meta.points, measured.requests, measured.iterations, fitted),
+        front_end=fit_front_end(
+            meta.points, measured.requests, measured.iterations, EngineSettings(**meta.settings), fitted
+        ),
         num_gpu_blocks=meta.num_gpu_blocks,
         provenance=provenance(meta),
         licence=LICENCE,
@@ -105,7 +109,7 @@ def fit_folder(measured: MeasurementFolder) -> MeasuredProfile:
 def graph_sizes(meta: Meta) -> tuple[int, ...]:
     """Return the batch sizes that the engine captured graphs for; none where it runs without graphs."""
     gpu = find_gpu(meta.expert.gpu)
-    if meta.expert.engine.enforce_eager or gpu.name == "CPU":
+    if meta.expert.engine.enforce_eager or gpu.kind == "cpu":
         return ()
     return capture_sizes(
         max_num_seqs=meta.settings["max_num_seqs"],
@@ -121,7 +125,7 @@ def seen_reference(measured: MeasurementFolder) -> dict[str, float]:
     return {str(label): float(cycle) for label, cycle in rows.groupby("point")["cycle_s"].median().items()}
 
 
-def drift(points: list[MeasuredPoint], cycle_s: dict[str, float]) -> list[float]:
+def drift(points: Sequence[MeasuredPoint], cycle_s: dict[str, float]) -> list[float]:
     """Return how slow the machine was at each look at the reference point, 1: as usual."""
     times = [cycle_s[point.label] for point in points if point.reference and point.label in cycle_s]
     middle = float(np.median(times)) if times else 1.0
@@ -160,6 +164,3 @@ def _short(engine_version: str) -> str:
     """Return ``vllm-0.32`` for "vLLM 0.32.0"."""
     name, _, version = engine_version.partition(" ")
     return f"{name.lower()}-{'.'.join(version.split('.')[:2])}" if version else name.lower()
-
-
-__all__ = ["MeasuredProfile", "fit_folder", "part_errors"]

@@ -63,7 +63,7 @@ class Meta(Spec):
     date: str
     lengths: dict[str, list[int]]
     restarts: int = 0
-    points: list[MeasuredPoint] = []
+    points: tuple[MeasuredPoint, ...] = ()
 
     @property
     def measured_s(self) -> float:
@@ -101,7 +101,9 @@ class MeasurementFolder:
                 self.requests = requests[requests["point"].isin(labels)].reset_index(drop=True)
         except (OSError, ValueError, KeyError, ValidationError) as error:
             reason = str(error).splitlines()[0]
-            raise MeasurementError(f"{folder}: not readable as a measurement ({reason}); remove it or give another folder") from error
+            raise MeasurementError(
+                f"{folder}: not readable as a measurement ({reason}); remove it or give another folder"
+            ) from error
 
     @classmethod
     def existing(cls, folder: Path) -> Self:
@@ -119,11 +121,11 @@ class MeasurementFolder:
         """Note what is measured; goes on with what is there if it is the same.
 
         Raises:
-            MeasurementError: the folder holds another expert's, engine's or machine's measurement, or cannot be written.
+            MeasurementError: the folder holds another engine's or machine's measurement, or cannot be written.
         """
         if self.meta is not None:
             known = self.meta
-            pairs = {
+            pairs: dict[str, tuple[Any, Any]] = {
                 "expert": (known.expert.model_dump(exclude={"engine"}), meta.expert.model_dump(exclude={"engine"})),
                 "settings": (known.settings, meta.settings),
                 "device": (known.device, meta.device),
@@ -147,7 +149,9 @@ class MeasurementFolder:
             MeasurementError: it could not be written; what was on disk before still is.
         """
         assert self.meta is not None
-        self.iterations = pd.concat([self.iterations, iterations], ignore_index=True) if len(self.iterations) else iterations
+        self.iterations = (
+            pd.concat([self.iterations, iterations], ignore_index=True) if len(self.iterations) else iterations
+        )
         self.requests = pd.concat([self.requests, requests], ignore_index=True) if len(self.requests) else requests
         self.meta = self.meta.model_copy(update={"points": [*self.meta.points, point]})
         try:
@@ -178,8 +182,8 @@ class MeasurementFolder:
     def _not_written(self, error: OSError) -> MeasurementError:
         points = len(self.meta.points) - 1 if self.meta is not None and self.meta.points else 0
         return MeasurementError(
-            f"{self.folder}: cannot be written ({error.strerror or error}); the {max(0, points)} points before are kept: make "
-            "room and give the same command again"
+            f"{self.folder}: cannot be written ({error.strerror or error}); the {points} points before are kept: "
+            "make room and give the same command again"
         )
 
 
