@@ -140,5 +140,7 @@ def _command_line() -> str:
 
 
 from calibrate.fit_command import fit_command  # noqa: E402
+from calibrate.measure_command import measure_command  # noqa: E402
 
 command.add_command(fit_command)
+command.add_command(measure_command)

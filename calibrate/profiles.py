@@ -21,7 +21,7 @@ from calibrate.run_engine import shape_of
 from sim.catalogue import find_gpu, find_model, find_quantization
 from sim.factors import Factors
 from sim.fleet import FrontEnd
-from sim.memory import engine_defaults, memory_budget
+from sim.memory import block_size_of, engine_defaults, memory_budget
 from sim.profile import (
     ExpertIdentity,
     FittedRange,
@@ -112,7 +112,7 @@ def kv_tokens(key: ExpertKey) -> int:
         max_num_batched_tokens=tokens,
         max_num_seqs=seqs,
     )
-    return budget.num_kv_blocks * EngineSpec().block_size
+    return budget.num_kv_blocks * block_size_of(EngineSpec(), find_gpu(gpu))
 
 
 def key_of(run: MeasuredRun) -> ExpertKey:

@@ -13,6 +13,7 @@ from real.checkpoints import Checkpoint
 from real.cores import Placement, runs_on_cpu, why_not_on_this_cpu
 from real.engine_log import EngineReport, diagnose, has_failed, read_report, stage
 from real.guarded_process import GuardedProcess, LifeLine, child_environment
+from real.iteration_log import LOGGING_CONFIG_VARIABLE, write_logging_config
 from sim.catalogue import find_quantization
 from sim.fleet import EngineSettings
 from sim.resolve import budget_of, engine_settings
@@ -117,7 +118,7 @@ def server_command(plan: ReplicaPlan) -> list[str]:
         "host": LOOPBACK,
         "port": plan.port,
         "load-format": "dummy" if plan.checkpoint.random_weights else "auto",
-        "dtype": "auto",
+        "dtype": spec.engine.dtype,
         "tensor-parallel-size": spec.tensor_parallel_size,
         "max-model-len": settings.max_model_len,
         "max-num-seqs": settings.max_num_seqs,
@@ -190,11 +191,14 @@ class ExpertServer:
         self.started_s: float | None = None
         self.report: EngineReport | None = None
         self._failed_s: float | None = None
+        environment = server_environment(plan)
+        if plan.log_iterations:
+            environment[LOGGING_CONFIG_VARIABLE] = str(write_logging_config(logs / "logging.json").resolve())
         self._process = GuardedProcess(
             server_command(plan),
             log=logs / f"{plan.expert}-{plan.replica}.log",
             life=life,
-            environment=server_environment(plan),
+            environment=environment,
             cores=plan.placement.cores,
         )
 

@@ -12,6 +12,7 @@ import yaml
 ComputeDtype = Literal["bf16", "fp8", "int8"]
 
 BF16_BYTES = 2
+FP32_BYTES = 4
 
 
 class UnknownNameError(ValueError):
@@ -149,6 +150,7 @@ class Gpu:
         link_bandwidth_bytes_per_s: one direction, to the other GPUs of its server.
         power_w: board power limit.
         price_per_hour: US dollars, indicative.
+        kind: ``"cpu"`` for a core of vLLM's CPU backend, which has its own defaults.
     """
 
     name: str
@@ -163,6 +165,7 @@ class Gpu:
     power_w: float
     price_per_hour: float | None
     source: str
+    kind: Literal["gpu", "cpu"] = "gpu"
 
     def rate_per_s(self, dtype: ComputeDtype) -> float | None:
         """Dense operations per second in this format; None where the GPU lacks it."""
@@ -293,4 +296,5 @@ def _gpu(entry: dict[str, Any]) -> Gpu:
         power_w=entry["power_w"],
         price_per_hour=entry.get("price_per_hour"),
         source=entry["source"],
+        kind=entry.get("kind", "gpu"),
     )

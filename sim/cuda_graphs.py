@@ -14,8 +14,11 @@ def capture_sizes(*, max_num_seqs: int, max_num_batched_tokens: int, gpu: Gpu) -
 
     1, 2, 4, then every 8th up to 248, then every 16th; ``max_num_seqs`` and the token budget as well where they are not
     above the largest. The largest is twice ``max_num_seqs``, but at most 512 (1024 on data-centre Blackwell) and at
-    most the token budget. Source: vLLM 0.32.0 and 0.33.0, ``vllm/config/vllm.py``, ``_set_cudagraph_sizes``.
+    most the token budget. None on a CPU. Source: vLLM 0.32.0 and 0.33.0, ``vllm/config/vllm.py``,
+    ``_set_cudagraph_sizes``.
     """
+    if gpu.kind == "cpu":
+        return ()
     blackwell = gpu.compute_capability >= _BLACKWELL_COMPUTE_CAPABILITY
     limit = LARGEST_GRAPH_TOKENS_BLACKWELL if blackwell else LARGEST_GRAPH_TOKENS
     largest = min(2 * max_num_seqs, limit, max_num_batched_tokens)

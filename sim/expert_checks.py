@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from sim.catalogue import Gpu, ModelShape, Quantization, UnknownNameError, find_gpu, find_model, find_quantization
-from sim.memory import GIB, MemoryBudget
+from sim.memory import GIB, MemoryBudget, block_size_of, overlaps_scheduling
 from sim.mistakes import Mistakes
 from sim.profile import ProfileError
 from sim.resolve import budget_of, engine_limits, profile_of
@@ -55,16 +55,20 @@ def _check_profile(expert: ExpertSpec, at: Path, mistakes: Mistakes) -> None:
     if profile is None:
         return
     made_for = profile.expert
+    gpu = find_gpu(expert.gpu)
     pairs: list[tuple[str, object, object]] = [
         (field, _canonical(find, getattr(made_for, field)), _canonical(find, getattr(expert, field)))
         for field, find in _FINDERS.items()
     ]
     pairs += [
         ("tensor_parallel_size", made_for.tensor_parallel_size, expert.tensor_parallel_size),
-        ("kv_cache_dtype", made_for.engine.kv_cache_dtype, expert.engine.kv_cache_dtype),
-        ("enforce_eager", made_for.engine.enforce_eager, expert.engine.enforce_eager),
-        ("async_scheduling", made_for.engine.async_scheduling, expert.engine.async_scheduling),
     ]
+    pairs += [
+        (field, getattr(made_for.engine, field), getattr(expert.engine, field))
+        for field in ("dtype", "kv_cache_dtype", "enforce_eager")
+    ]
+    overlaps = overlaps_scheduling(made_for.engine, gpu), overlaps_scheduling(expert.engine, gpu)
+    pairs.append(("async_scheduling", *overlaps))
     for field, measured, stated in pairs:
         if measured != stated:
             problem = f"profile {profile.name!r} was measured with {field} {measured}, the expert has {stated}"
@@ -85,6 +89,9 @@ def _check_engine(expert: ExpertSpec, at: Path, mistakes: Mistakes) -> None:
     if max_model_len > model.max_model_len:
         problem = f"is {max_model_len} tokens, but {model.name} takes at most {model.max_model_len}"
         mistakes.add((*at, "engine", "max_model_len"), problem)
+    if expert.engine.dtype == "float32" and find_gpu(expert.gpu).kind != "cpu":
+        problem = f"is float32, which is for CPUs without fast bfloat16; {expert.gpu} runs auto"
+        mistakes.add((*at, "engine", "dtype"), problem)
     if tokens < seqs:
         problem = f"max_num_batched_tokens is {tokens}, fewer than max_num_seqs {seqs}, which the engine refuses"
         mistakes.add((*at, "engine"), problem)
@@ -104,14 +111,15 @@ def _check_memory(expert: ExpertSpec, at: Path, mistakes: Mistakes) -> None:
     """Check that the weights fit, and after them the KV cache of one request of the largest length."""
     max_model_len, _, _ = engine_limits(expert)
     budget, engine = budget_of(expert), expert.engine
-    kv_tokens = max(0, budget.num_kv_blocks * engine.block_size)
+    block_size = block_size_of(engine, find_gpu(expert.gpu))
+    kv_tokens = max(0, budget.num_kv_blocks * block_size)
     if budget.kv_cache_bytes < budget.kv_block_bytes:
         mistakes.add((*at, "model"), _does_not_fit(expert, budget), _size_that_fits(expert, max_model_len))
     elif kv_tokens >= max_model_len:
         return
     elif engine.num_gpu_blocks_override is not None:
         problem = (
-            f"{engine.num_gpu_blocks_override} blocks of {engine.block_size} tokens, one of them unusable, hold "
+            f"{engine.num_gpu_blocks_override} blocks of {block_size} tokens, one of them unusable, hold "
             f"{kv_tokens} tokens, fewer than one request of max_model_len {max_model_len}"
         )
         mistakes.add((*at, "engine", "num_gpu_blocks_override"), problem)
@@ -144,7 +152,7 @@ def _size_that_fits(expert: ExpertSpec, max_model_len: int) -> str:
     for size in range(1, model.attention_heads + 1):
         if model.allows_tensor_parallel(size):
             blocks = budget_of(expert, size).num_kv_blocks
-            if blocks * expert.engine.block_size >= max_model_len:
+            if blocks * block_size_of(expert.engine, find_gpu(expert.gpu)) >= max_model_len:
                 return f", smallest tensor_parallel_size that fits: {size}"
     return ", no tensor_parallel_size fits"
 

@@ -8,7 +8,7 @@ rows, and gives the KV cache what ``gpu_memory_utilization`` of the device leave
 from dataclasses import dataclass
 from typing import Literal
 
-from sim.catalogue import BF16_BYTES, Gpu, ModelShape, Quantization
+from sim.catalogue import BF16_BYTES, FP32_BYTES, Gpu, ModelShape, Quantization
 from sim.cuda_graphs import capture_sizes
 from sim.spec import EngineSpec
 
@@ -31,6 +31,9 @@ Llama 2 70B TP 4, Mixtral TP 2) leave unexplained beside that, 0.44 to 0.48 GiB.
 
 CUDA_GRAPH_BYTES = 12 * 2**20
 """Per captured batch size; assumed, not measured: some 0.6 GiB for the 51 sizes up to 512."""
+
+BLOCK_TOKENS, CPU_BLOCK_TOKENS = 16, 128
+"""vLLM's default tokens of a KV block: on GPUs (``vllm/config/cache.py``), on CPUs (as a 0.32.0 engine resolved it)."""
 
 _VOCAB_PADDING = 64  # vLLM pads the vocabulary to a multiple of 64 (vocab_parallel_embedding.py)
 
@@ -75,11 +78,13 @@ def engine_defaults(
     """Return ``(max_num_batched_tokens, max_num_seqs)`` of a vLLM server; a value given is kept as it is.
 
     16384 and 1024 from 160 GiB on, 8192 and 1024 from 70 GiB on except on an A100, else 2048 and 256. A default budget
-    is at most ``max_num_seqs * max_model_len`` tokens, and a default ``max_num_seqs`` at most the budget. Source: vLLM
-    0.33.0, ``vllm/engine/arg_utils.py``, ``get_batch_defaults``.
+    is at most ``max_num_seqs * max_model_len`` tokens, and a default ``max_num_seqs`` at most the budget. On a CPU 2048
+    and 128. Source: vLLM 0.33.0, ``vllm/engine/arg_utils.py``, ``get_batch_defaults``.
     """
     is_a100 = gpu.name.startswith("A100")
-    if gpu.memory_bytes >= _VERY_LARGE_GPU_BYTES:
+    if gpu.kind == "cpu":
+        default_tokens, default_seqs = 2048, 128
+    elif gpu.memory_bytes >= _VERY_LARGE_GPU_BYTES:
         default_tokens, default_seqs = 16384, 1024
     elif gpu.memory_bytes >= _LARGE_GPU_BYTES and not is_a100:
         default_tokens, default_seqs = 8192, 1024
@@ -94,12 +99,34 @@ def engine_defaults(
     return tokens, seqs
 
 
+def block_size_of(engine: EngineSpec, gpu: Gpu) -> int:
+    """Return the tokens of a KV block: as set, or vLLM's default for the device."""
+    return engine.block_size or (CPU_BLOCK_TOKENS if gpu.kind == "cpu" else BLOCK_TOKENS)
+
+
+def overlaps_scheduling(engine: EngineSpec, gpu: Gpu) -> bool:
+    """Return whether a batch is decided while the one before runs; on a CPU it never is, whatever is set.
+
+    Source: vLLM 0.32.0, ``vllm/platforms/cpu.py``, ``check_and_update_config``.
+    """
+    return engine.async_scheduling and gpu.kind != "cpu"
+
+
+def value_bytes(dtype: Literal["auto", "float32"]) -> int:
+    """Return the bytes of a number in vLLM's ``dtype``; ``auto`` is bfloat16."""
+    return FP32_BYTES if dtype == "float32" else BF16_BYTES
+
+
 def kv_bytes_per_token(
-    model: ModelShape, *, tensor_parallel_size: int, kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    model: ModelShape,
+    *,
+    tensor_parallel_size: int,
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto",
+    dtype: Literal["auto", "float32"] = "auto",
 ) -> int:
-    """Return the KV cache bytes of one token on each GPU, all layers; ``auto`` is two bytes a value."""
-    value_bytes = 1 if kv_cache_dtype == "fp8" else BF16_BYTES
-    return 2 * model.layers * model.kv_heads_per_gpu(tensor_parallel_size) * model.head_dim * value_bytes
+    """Return the KV cache bytes of one token on each GPU, all layers; ``auto`` keeps them in ``dtype``."""
+    kv_value_bytes = 1 if kv_cache_dtype == "fp8" else value_bytes(dtype)
+    return 2 * model.layers * model.kv_heads_per_gpu(tensor_parallel_size) * model.head_dim * kv_value_bytes
 
 
 def linear_weights_per_gpu(model: ModelShape, tensor_parallel_size: int) -> float:
@@ -110,13 +137,20 @@ def linear_weights_per_gpu(model: ModelShape, tensor_parallel_size: int) -> floa
     return model.layers * (attention + mlp)
 
 
-def weight_bytes_per_gpu(model: ModelShape, quantization: Quantization, tensor_parallel_size: int) -> int:
+def weight_bytes_per_gpu(
+    model: ModelShape,
+    quantization: Quantization,
+    tensor_parallel_size: int,
+    dtype: Literal["auto", "float32"] = "auto",
+) -> int:
     """Return the bytes of weights on each GPU: blocks, norms (whole on each), embedding and head split."""
     padded_vocab = -(-model.vocab_size // _VOCAB_PADDING) * _VOCAB_PADDING
     matrices = 1 if model.tied_embeddings else 2
     embeddings = matrices * padded_vocab * model.hidden_size / tensor_parallel_size
-    linear_bytes = linear_weights_per_gpu(model, tensor_parallel_size) * quantization.weight_bytes
-    return round(linear_bytes + (embeddings + model.small_weights) * BF16_BYTES)
+    plain = quantization.weight_bits == 8 * BF16_BYTES
+    weight_bytes = value_bytes(dtype) if plain else quantization.weight_bytes
+    linear_bytes = linear_weights_per_gpu(model, tensor_parallel_size) * weight_bytes
+    return round(linear_bytes + (embeddings + model.small_weights) * value_bytes(dtype))
 
 
 def memory_budget(
@@ -134,7 +168,7 @@ def memory_budget(
     ``engine.num_gpu_blocks_override`` replaces the computed blocks, as in vLLM; its null block is taken off.
     """
     requested_bytes = int(gpu.memory_bytes * engine.gpu_memory_utilization)
-    weight_bytes = weight_bytes_per_gpu(model, quantization, tensor_parallel_size)
+    weight_bytes = weight_bytes_per_gpu(model, quantization, tensor_parallel_size, engine.dtype)
     activation_bytes = _activation_bytes(model, tensor_parallel_size, max_num_batched_tokens, max_num_seqs)
     overhead_bytes = CONTEXT_BYTES + (COMMUNICATION_BYTES if tensor_parallel_size > 1 else 0)
     graphs = (
@@ -145,9 +179,12 @@ def memory_budget(
     cuda_graph_bytes = graphs * CUDA_GRAPH_BYTES
     kv_cache_bytes = requested_bytes - weight_bytes - activation_bytes - overhead_bytes - cuda_graph_bytes
     token_bytes = kv_bytes_per_token(
-        model, tensor_parallel_size=tensor_parallel_size, kv_cache_dtype=engine.kv_cache_dtype
+        model,
+        tensor_parallel_size=tensor_parallel_size,
+        kv_cache_dtype=engine.kv_cache_dtype,
+        dtype=engine.dtype,
     )
-    kv_block_bytes = engine.block_size * token_bytes
+    kv_block_bytes = block_size_of(engine, gpu) * token_bytes
     blocks = engine.num_gpu_blocks_override
     if blocks is None:
         blocks = kv_cache_bytes // kv_block_bytes

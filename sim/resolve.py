@@ -15,7 +15,7 @@ from sim.catalogue import find_gpu, find_model, find_quantization
 from sim.factors import OverheadFactors
 from sim.fleet import EngineSettings, Expert, Fleet, FrontEnd
 from sim.fleet_file import is_profile_file
-from sim.memory import MemoryBudget, engine_defaults, memory_budget
+from sim.memory import MemoryBudget, block_size_of, engine_defaults, memory_budget, overlaps_scheduling
 from sim.mistakes import did_you_mean
 from sim.profile import Profile, ProfileCurve, ProfileError, TermParameters, load_profile, source_of
 from sim.roofline import Corrections, Roofline, default_front_end
@@ -93,7 +93,7 @@ def resolve_expert(name: str, spec: ExpertSpec) -> Expert:
             max_num_seqs=engine.max_num_seqs,
             max_num_batched_tokens=engine.max_num_batched_tokens,
             enforce_eager=spec.engine.enforce_eager,
-            async_scheduling=spec.engine.async_scheduling,
+            async_scheduling=engine.async_scheduling,
             sampling_filter=model.default_sampling if spec.engine.generation_config == "auto" else None,
             **({} if profile is None else _calibrated(profile)),
         )
@@ -200,11 +200,11 @@ def engine_settings(spec: ExpertSpec) -> EngineSettings:
         max_num_seqs=seqs,
         max_num_batched_tokens=tokens,
         max_model_len=max_model_len,
-        block_size=spec.engine.block_size,
+        block_size=block_size_of(spec.engine, find_gpu(spec.gpu)),
         num_kv_blocks=blocks,
         enable_prefix_caching=spec.engine.enable_prefix_caching,
         scheduler_reserve_full_isl=spec.engine.scheduler_reserve_full_isl,
-        async_scheduling=spec.engine.async_scheduling,
+        async_scheduling=overlaps_scheduling(spec.engine, find_gpu(spec.gpu)),
     )
 
 

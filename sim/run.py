@@ -1,7 +1,8 @@
 """``simulate``: every fleet of a file at every load, replicated, on as many processes as asked for."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from math import nan
 
@@ -9,10 +10,13 @@ import numpy as np
 
 from sim.chrome_trace import TracedIteration
 from sim.feasibility import check_feasible
+from sim.fleet import Fleet
+from sim.measuring import completions_to_measure
 from sim.records import RunRecord
 from sim.resolve import resolve_fleet
 from sim.result import Result
-from sim.simulation import RunPlan, Simulation, completions_to_measure
+from sim.service_curve import ScaledCurve
+from sim.simulation import RunPlan, Simulation
 from sim.spec import ClosedLoop, FleetFile, OpenLoop, UserGrid, WorkloadSpec
 from sim.traces import read_workload_data
 
@@ -29,6 +33,7 @@ def simulate(
     users: Sequence[int] | None = None,
     seed: int | None = None,
     replications: int | None = None,
+    iteration_time_factors: Mapping[str, float] | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Result:
@@ -42,6 +47,8 @@ def simulate(
         users: loads of the closed loop instead of the file's.
         seed: instead of the file's.
         replications: instead of the file's.
+        iteration_time_factors: expert name -> what its iteration times are multiplied by, to see what an error of its
+            curve would do; experts left out keep theirs.
         workers: processes; None: one per core where that pays. They are joblib's, so ``joblib.parallel_config`` can
             put them on another backend, Ray for one.
         progress: told how far it is.
@@ -54,7 +61,7 @@ def simulate(
     file = with_changes(file, users=users, seed=seed, replications=replications)
     data = read_workload_data(file.workload)
     check_feasible(file, data)
-    fleets = {name: resolve_fleet(file, name) for name in file.fleets}
+    fleets = {name: _scaled(resolve_fleet(file, name), iteration_time_factors or {}) for name in file.fleets}
     plans = [
         RunPlan(fleet=fleet, workload=file.workload, run=file.run, data=data, load=load, replication=replication)
         for fleet in fleets.values()
@@ -79,6 +86,14 @@ def simulate(
         version=program_version(),
         interrupted=interrupted,
     )
+
+
+def _scaled(fleet: Fleet, factors: Mapping[str, float]) -> Fleet:
+    experts = tuple(
+        replace(expert, curve=ScaledCurve(expert.curve, factors[expert.name])) if expert.name in factors else expert
+        for expert in fleet.experts
+    )
+    return replace(fleet, experts=experts)
 
 
 def find_replica(file: FleetFile, place: str) -> tuple[str, int, int]:

@@ -3,7 +3,7 @@
 Nothing else in the model knows how fast a GPU is.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 
@@ -74,3 +74,33 @@ class ServiceCurve(Protocol):
     def decode_piece(self, decodes: int, decode_kv_tokens: int) -> DecodePiece:
         """Affine piece that gives ``iteration_s`` for a decode-only batch at this KV length."""
         ...
+
+
+class ScaledCurve:
+    """Another curve with every time multiplied: what an error of the curve would do to a fleet."""
+
+    def __init__(self, curve: ServiceCurve, factor: float) -> None:
+        """Scale a curve.
+
+        Raises:
+            ValueError: the factor is not positive.
+        """
+        if not factor > 0:
+            raise ValueError(f"the factor of iteration times must be > 0, got {factor}")
+        self._curve = curve
+        self._factor = factor
+
+    @property
+    def source(self) -> CurveSource:
+        """That of the curve, with the factor in its label."""
+        source = self._curve.source
+        return replace(source, label=f"{source.label} times {self._factor:.4g}")
+
+    def iteration_s(self, work: IterationWork) -> float:
+        """Seconds of the curve's iteration, scaled."""
+        return self._factor * self._curve.iteration_s(work)
+
+    def decode_piece(self, decodes: int, decode_kv_tokens: int) -> DecodePiece:
+        """The curve's piece, scaled."""
+        fixed_s, per_kv_token_s, until_kv_tokens = self._curve.decode_piece(decodes, decode_kv_tokens)
+        return DecodePiece(self._factor * fixed_s, self._factor * per_kv_token_s, until_kv_tokens)

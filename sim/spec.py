@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from sim.check_spec import CheckSpec
 from sim.serve_spec import ServeSpec
 from sim.spec_base import PositiveInt, PositiveSeconds, Probability, Seconds, Share, Spec
 
@@ -99,7 +100,10 @@ class EngineSpec(Spec):
     max_num_seqs: PositiveInt | None = None
     max_num_batched_tokens: PositiveInt | None = None
     max_model_len: PositiveInt | None = Field(None, description="default: the model's own, at most 8192")
-    block_size: PositiveInt = 16
+    block_size: PositiveInt | None = Field(None, description="tokens of a KV block; none: 16, on a CPU 128")
+    dtype: Literal["auto", "float32"] = Field(
+        "auto", description="of activations and unquantized weights: auto, bfloat16; float32 on CPUs only"
+    )
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.92
     num_gpu_blocks_override: Annotated[int, Field(ge=2)] | None = Field(
         None, description="KV blocks as the engine resolved them, when known"
@@ -107,7 +111,7 @@ class EngineSpec(Spec):
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     enable_prefix_caching: bool = True
     scheduler_reserve_full_isl: bool = True
-    async_scheduling: bool = True
+    async_scheduling: bool = Field(True, description="on a CPU vLLM schedules synchronously whatever is set")
     enforce_eager: bool = False
     generation_config: Literal["auto", "vllm"] = Field(
         "auto", description="sampling defaults: auto, the model's own, whose top-p or top-k takes time; vllm, none"
@@ -299,3 +303,4 @@ class FleetFile(Spec):
     run: RunSpec = RunSpec()
     slo: SloSpec | None = None
     serve: ServeSpec = ServeSpec()
+    check: CheckSpec = CheckSpec()

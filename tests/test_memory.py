@@ -5,7 +5,16 @@ from pathlib import Path
 import pytest
 
 from sim.catalogue import UnknownNameError, find_gpu, find_model, find_quantization
-from sim.memory import MemoryBudget, engine_defaults, memory_budget, weight_bytes_per_gpu
+from sim.cuda_graphs import capture_sizes
+from sim.memory import (
+    MemoryBudget,
+    block_size_of,
+    engine_defaults,
+    kv_bytes_per_token,
+    memory_budget,
+    overlaps_scheduling,
+    weight_bytes_per_gpu,
+)
 from sim.spec import EngineSpec
 
 GROUND_TRUTH = Path(
@@ -150,3 +159,20 @@ def test_default_sequences_are_clamped_to_the_budget_given() -> None:
 def test_values_given_are_kept() -> None:
     given = engine_defaults(find_gpu("H100-SXM"), max_model_len=64, max_num_batched_tokens=4096, max_num_seqs=2)
     assert given == (4096, 2)
+
+
+def test_a_cpu_has_vllms_defaults_for_cpus() -> None:
+    cpu = find_gpu("cpu")
+    assert engine_defaults(cpu) == (2048, 128)
+    assert block_size_of(EngineSpec(), cpu) == 128
+    assert not overlaps_scheduling(EngineSpec(async_scheduling=True), cpu)
+    assert capture_sizes(max_num_seqs=64, max_num_batched_tokens=2048, gpu=cpu) == ()
+
+
+def test_float32_doubles_what_is_not_quantized() -> None:
+    model = find_model("laptop-37m")
+    plain, int8 = find_quantization("bf16"), find_quantization("int8")
+    assert weight_bytes_per_gpu(model, plain, 1, "float32") == pytest.approx(4 * model.parameters_total)
+    assert weight_bytes_per_gpu(model, int8, 1, "float32") < 2 * model.parameters_total
+    kv = kv_bytes_per_token(model, tensor_parallel_size=1)
+    assert kv_bytes_per_token(model, tensor_parallel_size=1, dtype="float32") == 2 * kv

@@ -1,7 +1,10 @@
 import numpy as np
 import pytest
 
+from sim.fleet_file import load_fleet
 from sim.result import loads_label
+from sim.run import simulate
+from sim.simulate_command import fleet_path
 from tests.run_records import make_result
 
 
@@ -55,3 +58,15 @@ def test_an_interrupted_result_says_so() -> None:
 )
 def test_loads_are_named_for_people(kind: str, loads: list[float], label: str) -> None:
     assert loads_label(kind, loads) == label
+
+
+def test_longer_iterations_make_every_answer_take_longer() -> None:
+    with fleet_path(None) as path:
+        file = load_fleet(path, ["run.replications=1"])
+    plain = simulate(file, users=[8])
+    slow = simulate(file, users=[8], iteration_time_factors={"chat": 1.2})
+    rows = {row["expert"]: row["mean_tpot_ms"] for row in plain.summary_rows}
+    slower = {row["expert"]: row["mean_tpot_ms"] for row in slow.summary_rows}
+    assert slower["chat"] == pytest.approx(1.2 * rows["chat"], rel=0.05)
+    assert slower["code"] == pytest.approx(rows["code"], rel=0.05)
+    assert "times 1.2" in slow.curves["three experts"]["chat"].label

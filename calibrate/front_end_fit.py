@@ -1,0 +1,120 @@
+"""What a request and its tokens cost in an engine's front end, as users meet it.
+
+The simulated front end works on requests one after another, and on streamed tokens in between. Its work on a request
+is what the entries of simultaneous requests into the engine show (``calibrate.engine_entry``); its work on a token,
+how much later after an iteration's log line users have its tokens when it has more of them. Where front end and engine
+share cores that is more than CPU time, and it is what users wait. The work per prompt token, too little to be seen so,
+is CPU time of the API server process. What an idle request waits beyond all this and its iteration is the delay.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+
+from calibrate.engine_entry import EntrySample, fit_entry
+from calibrate.iteration_fit import TermFit
+from calibrate.iteration_records import admissions, lines_of, sent_of
+from calibrate.measurement_files import MeasuredPoint
+from sim.fleet import EngineSettings
+from sim.profile import FrontEndCosts
+from sim.service_curve import IterationWork
+
+FEWEST_POINTS = 4
+FEWEST_TOGETHER = 4
+"""Requests of a point from which on their entries tell of the work on one."""
+
+
+def fit_front_end(
+    points: Sequence[MeasuredPoint],
+    requests: pd.DataFrame,
+    iterations: pd.DataFrame,
+    settings: EngineSettings,
+    fitted: TermFit,
+) -> FrontEndCosts | None:
+    """Return the front end's costs; None when too little was measured."""
+    samples = [(label, sample) for label, sample in _samples(requests, iterations, settings)]
+    together = [sample for _, sample in samples if len(sample.sent) >= FEWEST_TOGETHER]
+    idle = [sample for label, sample in samples if label.startswith("idle")]
+    if len(together) < FEWEST_POINTS or not idle:
+        return None
+    per_request_s = fit_entry(together).per_request_s
+    per_output_token_s = _token_work_s([sample for _, sample in samples])
+    per_prompt_token_s = _prompt_token_cpu_s(points)
+    waits_s = []
+    for sample in idle:
+        records = iterations[iterations["point"] == sample.sent[0].point]
+        works = records[[*IterationWork._fields]].to_numpy(dtype=np.float64)
+        for request, number in zip(sample.sent, sample.admitted, strict=True):
+            if number is None:
+                continue
+            last = bisect_right([line.ended_s for line in sample.lines], request.first_token_s) - 1
+            engine_s = float(fitted.predict_s(works[number : max(last, number) + 1]).sum())
+            work_s = per_request_s + per_prompt_token_s * request.prompt_tokens + per_output_token_s
+            waits_s.append(request.first_token_s - request.sent_s - work_s - engine_s)
+    if not waits_s:
+        return None
+    return FrontEndCosts(
+        delay_s=_digits(max(0.0, float(np.median(waits_s)))),
+        per_request_s=_digits(per_request_s),
+        per_prompt_token_s=_digits(per_prompt_token_s),
+        per_output_token_s=_digits(per_output_token_s),
+    )
+
+
+def _samples(
+    requests: pd.DataFrame, iterations: pd.DataFrame, settings: EngineSettings
+) -> Iterator[tuple[str, EntrySample]]:
+    """Yield label and requests of each point that is understood."""
+    for label, rows in iterations.groupby("point", sort=False):
+        if not rows["matched"].all():
+            continue
+        lines = lines_of(rows)
+        sent = sorted(sent_of(requests[requests["point"] == label]), key=lambda request: request.sent_s)
+        if sent:
+            admitted = admissions(lines, sent, settings)
+            yield str(label), EntrySample(lines=lines, sent=sent, admitted=admitted, settings=settings)
+
+
+def _token_work_s(samples: Sequence[EntrySample]) -> float:
+    """Return the slope of token delays over the number of tokens that an iteration made."""
+    tokens: list[int] = []
+    delays_s: list[float] = []
+    for sample in samples:
+        ends_s = [line.ended_s for line in sample.lines]
+        for request in sample.sent:
+            for received_s in (request.first_token_s, request.last_token_s):
+                number = bisect_right(ends_s, received_s) - 1
+                if number >= 0:
+                    line = sample.lines[number]
+                    tokens.append(line.context_requests + line.generation_requests)
+                    delays_s.append(received_s - ends_s[number])
+    if not tokens:
+        return 0.0
+    frame = pd.DataFrame({"tokens": tokens, "delay_s": delays_s}).groupby("tokens")["delay_s"].agg(["median", "size"])
+    counts = frame.index.to_numpy(dtype=np.float64)
+    weight: NDArray[np.float64] = np.sqrt(frame["size"].to_numpy(dtype=np.float64)) / (counts + 4)
+    rows = np.column_stack([np.ones(len(counts)), counts]) * weight[:, None]
+    values, _ = nnls(rows, frame["median"].to_numpy() * weight)
+    return float(values[1])
+
+
+def _prompt_token_cpu_s(points: Sequence[MeasuredPoint]) -> float:
+    """Return CPU seconds of the API server a prompt token; 0 where they were not measured."""
+    told = [point for point in points if point.front_end_cpu_s is not None]
+    if len(told) < FEWEST_POINTS:
+        return 0.0
+    counts = np.array([[p.requests, p.prompt_tokens, p.output_tokens, p.iterations] for p in told], dtype=np.float64)
+    spent_s = np.array([p.front_end_cpu_s for p in told], dtype=np.float64)
+    weight = 1 / np.maximum(spent_s, 1e-3)  # relative, or the largest points would decide alone
+    rows = counts * weight[:, None]
+    scale = np.maximum(np.abs(rows).max(axis=0), 1e-12)
+    costs = nnls(rows / scale, spent_s * weight)[0] / scale
+    return float(costs[1])
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.4g}")

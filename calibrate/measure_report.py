@@ -1,0 +1,51 @@
+"""What a measurement found, as tables."""
+
+from rich.console import Console
+from rich.table import Table
+
+from calibrate.measured_profile import MeasuredProfile
+from sim.profile import TermParameters
+
+_UNITS = {
+    "per_iteration": (1e3, "ms"),
+    "weights": (1e3, "ms"),
+    "per_token": (1e6, "µs"),
+    "per_attention_pair": (1e9, "ns"),
+    "per_prefill_chunk": (1e6, "µs"),
+    "per_decode": (1e6, "µs"),
+    "per_kv_token": (1e9, "ns"),
+}
+
+
+def print_measured(name: str, found: MeasuredProfile, console: Console) -> None:
+    """Print a profile's terms with intervals, its errors, and what else the measurement says."""
+    profile = found.profile
+    terms = profile.parameters
+    assert isinstance(terms, TermParameters)
+    table = Table(title=f"{name}: {profile.name}", title_justify="left")
+    for heading in ("term", "value", "90 % interval"):
+        table.add_column(heading, justify="left" if heading == "term" else "right")
+    for field, (factor, unit) in _UNITS.items():
+        value = getattr(terms, field)
+        low, high = factor * value.low, factor * value.high
+        table.add_row(field, f"{factor * value.value:.4g} {unit}", f"{low:.4g} to {high:.4g}")
+    if profile.front_end is not None:
+        for field, seconds in profile.front_end.model_dump().items():
+            table.add_row(f"front end {field.removesuffix('_s')}", f"{1e6 * seconds:.4g} µs", "")
+    console.print(table)
+    worth = profile.residuals
+    lines = [
+        f"errors on points left out of the fit: mean {worth.mean_error:+.1%}, "
+        f"median {worth.median_absolute_error:.1%}, 90 % within {worth.p90_absolute_error:.1%}; "
+        f"{worth.measurements} iterations, "
+        f"{found.matched:.1%} of the logged batches reproduced",
+    ]
+    if found.check:
+        shown = ", ".join(f"{label} {error:+.1%}" for label, error in found.check.items())
+        lines.append(f"kept out of the fit, all iterations together: {shown}")
+    if len(found.drift) > 1:
+        lines.append(
+            f"reference point: {min(found.drift):.0%} to {max(found.drift):.0%} of its median time over the run"
+        )
+    for line in lines:
+        console.print(line, highlight=False)
