@@ -56,14 +56,19 @@ class TfidfFeatures:
         """Fit to these texts and return a row of length 1 for each.
 
         Raises:
-            ValueError: the texts hold no words.
+            ValueError: the texts hold too few words.
         """
         from sklearn.decomposition import TruncatedSVD
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import Normalizer
 
         self.vectorizer_ = tfidf_vectorizer()
-        counts = self.vectorizer_.fit_transform(texts)
+        try:
+            counts = self.vectorizer_.fit_transform(texts)
+        except ValueError:  # no words at all
+            counts = np.empty((len(texts), 0))
+        if counts.shape[1] < 2:
+            raise ValueError("the prompts hold fewer than two words that tell them apart (English stop words do not)")
         components = max(1, min(COMPONENTS, counts.shape[0] - 1, counts.shape[1] - 1))
         self.svd_ = TruncatedSVD(components, random_state=self.seed)
         with np.errstate(invalid="ignore", divide="ignore"):  # the explained variance of texts that are all alike
