@@ -16,8 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from real.centres import Centres
-from real.classifier_fit import Kind, RouterFit
+from real.classifier_fit import EmbeddingFeatures, RouterFit
 from real.classifier_report import WORDS, service_times
 from real.embedding import EmbeddingClassifier
 from real.labelled_prompts import read_packaged_prompts
@@ -44,7 +43,7 @@ def main() -> None:
     assert prompts.labels is not None
     train, test = prompts.texts[::2], prompts.texts[1::2]
     console = Console()
-    table = Table("classifier", *(f"{words:,} words" for words in WORDS), title="ms, p50 / p99, one pinned core")
+    table = Table("ms: p50 / p99", *(f"{words:,} words" for words in WORDS))
     for column in table.columns[1:]:
         column.justify = "right"
 
@@ -54,32 +53,26 @@ def main() -> None:
 
     fit = RouterFit(centres="labels").fit(train, prompts.labels[::2])
     served, exact = fit.classifier(), fit.classifier(np.float64)
-    add_times("TF-IDF, as served (float32)", served.classify)
+    add_times("TF-IDF, served", served.classify)
     add_times("TF-IDF in float64", exact.classify)
-    add_times("the scikit-learn pipeline", lambda text: int(fit.predict([text])[0]))
+    add_times("scikit-learn", lambda text: int(fit.predict([text])[0]))
     if "--embedding" in sys.argv:
         by_meaning = _embedding(train, prompts.labels[::2])
-        add_times("sentence embedding", by_meaning.classify)
+        add_times("embedding", by_meaning.classify)
     console.print(table)
     console.print("targets: 500 words 0.3 / 0.6, 8,000 words p99 7", style="dim")
     texts = [*test, *(text for words in WORDS for text in joined(test, words, 100))]
     expected = list(fit.predict(texts))
     for name, classifier in (("float32", served), ("float64", exact)):
         same = agreement([classifier.classify(text) for text in texts], expected)
-        console.print(
-            f"{name} gives scikit-learn's class for {same} of {len(texts)} texts not fitted to", highlight=False
-        )
+        console.print(f"{name}: scikit-learn's class for {same} of {len(texts)} texts not fitted to", highlight=False)
     console.print("targets: 99.8 %, 100 %", style="dim")
 
 
 def _embedding(train: Sequence[str], labels: Sequence[str]) -> EmbeddingClassifier:
-    kind: Kind = "embedding"
-    fit = RouterFit(kind=kind, centres="labels").fit(train, labels)
-    centres = Centres(fit.centres_.class_names, fit.centres_.vectors)
-    from real.classifier_fit import EmbeddingFeatures
-
+    fit = RouterFit(kind="embedding", centres="labels").fit(train, labels)
     assert isinstance(fit.features_, EmbeddingFeatures)
-    return EmbeddingClassifier(fit.features_.embedder, centres)
+    return EmbeddingClassifier(fit.features_.embedder, fit.centres_)
 
 
 if __name__ == "__main__":

@@ -155,10 +155,10 @@ class RouterFit:
                 vectors = np.array([points[rows == row].mean(axis=0) for row in range(count)])
             else:
                 vectors, rows = _balanced_clusters(points, count, self.seed)
-                self.top_terms_ = top_terms(texts, rows, count)
-                names = _names(rows, count, labels, self.top_terms_)
-            if self.centres == "labels":
-                self.top_terms_ = top_terms(texts, rows, count)
+                names = _names(rows, count, labels, top_terms(texts, rows, count))
+                order = np.argsort(names)
+                names, vectors, rows = tuple(names[i] for i in order), vectors[order], np.argsort(order)[rows]
+            self.top_terms_ = top_terms(texts, rows, count)
         self.assigned_ = rows
         self.points_ = points
         self.centres_ = Centres(names, vectors)

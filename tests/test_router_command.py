@@ -39,6 +39,8 @@ def test_fit_writes_a_classifier_that_the_others_take(prompts: str, tmp_path: Pa
     assert "170 prompts" in result.stdout
     assert re.search(r"right by the labels: [\d.]+% of these, of prompts held out [\d.]+%", result.stdout)
     assert re.search(r"^ +8,000 +\d+\.\d+ +\d+\.\d+", result.stdout, re.MULTILINE)
+    assert "labels without a class of their own count as wrong: " in result.stdout
+    assert "--centres labels makes each label a class" in result.stdout
     names = read_router_file(Path(out)).centres.class_names
     assert len(names) == 4
     explained = router("explain", packaged_prompts().texts[0], "--classifier", out).stdout

@@ -1,6 +1,7 @@
 """Classifier files: the same bytes from the same fit, and nothing in a file is trusted."""
 
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,13 @@ def test_a_damaged_byte_gives_one_line_or_no_harm(path: Path, at: float, bits: i
 def test_members_that_do_not_fit_are_told(path: Path, members: dict[str, Any], message: str) -> None:
     change(path, **members)
     with pytest.raises(ValueError, match=rf"router\.npz: {message}"):
+        read_router_file(path)
+
+
+def test_a_zip_of_other_things_is_refused(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as packed:
+        packed.writestr("format", "1")
+    with pytest.raises(ValueError, match=r"router\.npz: not a classifier file: 'format' is not an array"):
         read_router_file(path)
 
 
