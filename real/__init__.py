@@ -1,1 +1,1 @@
-"""The real thing: a gateway and its vLLM experts, and users who load them, from the same fleet file as ``simulate``."""
+"""The real thing: what ``sim`` predicts, run with vLLM experts behind the router, from the same fleet file."""

@@ -8,6 +8,7 @@ import click
 COMMANDS = {
     "simulate": ("sim.simulate_command", "predict fleets from 1 to thousands of users"),
     "calibrate": ("calibrate.calibrate_command", "fit profiles to measured runs, and tell how wrong predictions are"),
+    "router": ("real.router_command", "fit the classifier of prompts, ask it why, and tell what it is worth"),
     "schema": ("sim.schema_command", "print the JSON Schema of fleet files, for editors"),
 }
 

@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import socket
 import time
 from collections.abc import Iterator
@@ -80,13 +81,21 @@ def test_g11_those_who_hardly_send_are_closed_and_hold_nobody_up(tmp_path: Path)
                     writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n")
                 else:
                     writer.write(b"POST /v1/completions HTTP/1.1\r\nHo")
-                reading = asyncio.gather(reader.read(), return_exceptions=True)  # a reset is as good as an end
-                while not reading.done():
-                    await asyncio.wait([reading], timeout=0.5)
+                ended_s = began_s
+
+                async def wait_for_end() -> None:
+                    nonlocal ended_s
+                    with contextlib.suppress(OSError):  # a reset is as good as an end
+                        await reader.read()
+                    ended_s = loop.time()
+
+                waiting = asyncio.create_task(wait_for_end())
+                while not waiting.done():
+                    await asyncio.wait([waiting], timeout=0.5)
                     if index % 2 and not writer.is_closing():
                         writer.write(b"x")
                 writer.transport.abort()
-                return loop.time() - began_s
+                return ended_s - began_s
 
             async def users(seconds: float) -> list[float]:
                 end_s, ttfts_s = loop.time() + seconds, []
@@ -105,7 +114,7 @@ def test_g11_those_who_hardly_send_are_closed_and_hold_nobody_up(tmp_path: Path)
             lorises = [asyncio.create_task(loris(index)) for index in range(500)]
             beside = await users(2.5)
             closed_s = await asyncio.gather(*lorises)
-            assert all(1.5 < took_s < 4 for took_s in closed_s)
+            assert 1.5 < min(closed_s) <= max(closed_s) < 4, sorted(closed_s)[:: len(closed_s) // 10]
             p99_ms = [float(np.percentile(ttfts_s, 99)) * 1e3 for ttfts_s in (alone, beside)]
             print(f"G11: 500 closed after {min(closed_s):.2f} to {max(closed_s):.2f} s (limit 2 s)")
             print(f"G11: TTFT p99 of 50 users {p99_ms[0]:.1f} ms alone, {p99_ms[1]:.1f} ms beside them")
