@@ -160,6 +160,7 @@ class LoadRun:
             metrics=self._metrics,
             stopped=self._stopped,
             url=self._target.url,
+            run_id=self._run_id,
         )
 
     async def drain(self) -> None:

@@ -6,7 +6,7 @@ import resource
 import secrets
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -110,13 +110,15 @@ class _Session:
         self._texts = texts
         self._progress = progress
         self._nonce = secrets.randbelow(10**9)
-        self._started = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        self._started = ""
         self._fleets = {name: resolve_fleet(file, name) for name in file.fleets}
         self._weights = [_weight(file, load) for load in loads(file.workload)] * file.run.replications
         self._total = sum(self._weights) * len(file.fleets)
         self._runs: list[RunRecord] = []
         self._urls: dict[str, str] = {}
         self._engines: dict[str, dict[str, str]] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._current: LoadRun | None = None
         self.interrupted = False
 
     def result(self) -> Result:
@@ -136,6 +138,7 @@ class _Session:
     def run_fleet(self, name: str, target: Target) -> None:
         """Run every load and replication of one fleet."""
         fleet = self._fleets[name]
+        self._started = self._started or datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
         self._urls[name] = target.url
         self._engines[name] = _engines(fleet, target)
         writers = self._writers(fleet)
@@ -151,28 +154,43 @@ class _Session:
             for load in loads(self._file.workload)
             for replication in range(self._file.run.replications)
         ]
-        _in_event_loop(lambda: self._run_all(plans, target, writers))
+        self._in_event_loop(lambda: self._run_all(plans, target, writers))
+
+    def _in_event_loop(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Do this in an event loop; in a thread of its own where this one has a loop already, as in a notebook."""
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            uvloop.run(work())
+            return
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(lambda: uvloop.run(work()))
+            try:
+                future.result()
+            except KeyboardInterrupt:
+                if self._loop is not None:
+                    self._loop.call_soon_threadsafe(self._interrupt)
+                future.result()
+
+    def _interrupt(self) -> None:
+        self.interrupted = True
+        if self._current is not None:
+            self._current.interrupt()
 
     async def _run_all(self, plans: Sequence[RunPlan], target: Target, writers: list[PromptWriter]) -> None:
-        current: LoadRun | None = None
-
-        def interrupt() -> None:
-            self.interrupted = True
-            if current is not None:
-                current.interrupt()
-
-        loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
+        self._current = None
         handles_signals = threading.current_thread() is threading.main_thread()
         if handles_signals:
-            loop.add_signal_handler(signal.SIGINT, interrupt)
+            loop.add_signal_handler(signal.SIGINT, self._interrupt)
         try:
             for plan in plans:
                 number = len(self._runs)
-                if current is not None:
-                    await current.drain()
+                if self._current is not None:
+                    await self._current.drain()
                 if self.interrupted:
                     break
-                current = LoadRun(
+                self._current = LoadRun(
                     plan,
                     target,
                     writers,
@@ -180,7 +198,7 @@ class _Session:
                     number=number,
                     progress=self._progress_of(plan),
                 )
-                self._runs.append(await current.run())
+                self._runs.append(await self._current.run())
         finally:
             if handles_signals:
                 loop.remove_signal_handler(signal.SIGINT)
@@ -210,17 +228,6 @@ class _Session:
         done = sum(_weight(self._file, run.load) for run in self._runs)
         weight = _weight(self._file, plan.load)
         return lambda share: progress((done + weight * share) / self._total)
-
-
-def _in_event_loop(work: Callable[[], Any]) -> None:
-    """Run a coroutine to its end; in a thread of its own where this one has an event loop, as in a notebook."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        uvloop.run(work())
-        return
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(lambda: uvloop.run(work())).result()
 
 
 def _with_duration(file: FleetFile, duration_s: float) -> FleetFile:

@@ -1,5 +1,6 @@
 """``run`` sends what ``simulate`` sends, and reports what a real server did in the words that ``simulate`` uses."""
 
+import asyncio
 import json
 import os
 import signal
@@ -111,6 +112,14 @@ def test_a_trace_is_replayed_whole(folder: Path, server: str) -> None:
     assert requests["output_tokens"].tolist() == [row["output_length"] for row in rows]
 
 
+def test_run_works_inside_an_event_loop_as_in_a_notebook(folder: Path, server: str) -> None:
+    async def cell() -> Result:
+        file = fleet_file(folder / "checkpoint", "{kind: closed_loop, users: 2}", run="{requests: 5, replications: 1}")
+        return run(file, url=server, corpus=folder / "prompts.jsonl")
+
+    assert asyncio.run(cell()).summary_rows[0]["measured"] == 5
+
+
 # ------------------------------------------------------------------------------------------------ what was measured
 
 
@@ -136,6 +145,7 @@ def test_every_request_has_one_outcome_and_its_id_on_both_sides(measured: Result
     bodies = sent_to(server)
     prefixes = [each["x-request-id"].rpartition("-")[0] for each in bodies]
     ours = [each["x-request-id"] for each, prefix in zip(bodies, prefixes, strict=True) if prefix == prefixes[0]]
+    assert f"as {prefixes[0]}-NUMBER" in record.checks["ledger"]
     assert sorted(int(each.rpartition("-")[2]) for each in ours) == sorted(measured.requests["request_id"])
     assert len(set(ours)) == len(ours)
 
@@ -185,6 +195,7 @@ def test_a_result_says_that_it_was_measured_and_where(measured: Result, server: 
     )
     told = json.loads(result_json(measured))
     assert told["measured"]["engines"] == {"alone": {"one": "vLLM 0.0.mock"}}
+    assert "event loop late by" in told["measured"]["runs"][0]["checks"]["load client"]
     assert told["fleets"]["alone"]["one"]["measured_on"] == "vLLM 0.0.mock"
     detailed = json.loads(written["alone-concurrency4-r0.json"].read_text())
     assert (detailed["backend"], detailed["simulated"], detailed["url"]) == ("expert-router run", False, server)
