@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from real.client_lag import ClientLag
 from real.engine_metrics import EngineMetrics
-from real.load_client import Exchange
+from real.exchange import Exchange
 from sim.measuring import IN_STEP, NOT_WARM, Window, in_step, unsteady
 from sim.metrics import completed_in_window, ttft_s
 from sim.recorder import GAP_RESOLUTION_S

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 import real.load_run
 from real.engine_metrics import EngineMetrics, ReplicaUrl, parse_metrics
-from real.load_client import Exchange
+from real.exchange import Exchange
 from real.run import run
 from sim.cli import main
 from sim.outputs import result_json, write_result
