@@ -21,6 +21,7 @@ from real.engine_metrics import EngineMetrics, ReplicaUrl, parse_metrics
 from real.exchange import Exchange
 from real.run import run
 from sim.cli import main
+from sim.fleet_file import parse_fleet
 from sim.outputs import result_json, write_result
 from sim.report import report
 from sim.result import Result
@@ -202,6 +203,57 @@ def test_a_result_says_that_it_was_measured_and_where(measured: Result, server: 
     text = "\n".join(str(getattr(part, "renderable", part)) for part in report(measured, 120))
     assert f"alone at {server}" in text
     assert "roofline" not in text
+
+
+# ---------------------------------------------------------------------------------------------------- behind a router
+
+
+def test_the_gateway_tells_where_a_request_went_and_when(folder: Path) -> None:
+    file = fleet_file(folder / "checkpoint", CLOSED, router="{policy: class}")
+    with token_server(ttft_s=0.02, itl_s=0.002, model="alone", routed=True) as url:
+        result = run(file, url=url, corpus=folder / "prompts.jsonl", replica_urls={"one": [url]})
+    answered = result.requests[result.requests["status"] == "completed"]
+    assert set(answered["routed_class"]) == {"chat"}
+    assert set(answered["expert"]) == {"one"}
+    assert (answered["replica_index"] == 0).all()
+    assert (answered["sent_s"] <= answered["router_start_s"] + 1e-6).all()
+    assert (answered["router_end_s"] <= answered["first_token_s"]).all()
+    (total, _) = result.summary_rows
+    assert 0 < total["misrouted_share"] < 1
+    assert 0 <= total["mean_router_wait_ms"] < 100
+    (record,) = result.runs
+    assert record.router is not None
+    assert record.router.requests >= 0
+
+
+def test_a_gateway_on_another_clock_is_left_out(folder: Path) -> None:
+    file = fleet_file(folder / "checkpoint", CLOSED, router="{policy: class}")
+    headers = {"x-expert-router-received-s": "1.0", "x-expert-router-chosen-s": "1.1"}
+    with token_server(ttft_s=0.02, itl_s=0.002, routed=True, headers=headers) as url:
+        result = run(file, url=url, corpus=folder / "prompts.jsonl")
+    assert result.requests["router_start_s"].isna().all()
+    assert any("another clock" in note for note in result.notes)
+
+
+def test_a_server_that_is_no_gateway_leaves_the_choice_unknown(folder: Path, server: str) -> None:
+    text = fleet_text(folder / "checkpoint", CLOSED, router="{policy: class}")
+    expert = f"{{model: laptop-16m, gpu: CPU, checkpoint: {folder / 'checkpoint'}}}"
+    text = text.replace(f"one: {expert}", f"code: {expert}\n      chat: {expert}")
+    result = run(parse_fleet(text), url=server, corpus=folder / "prompts.jsonl")
+    total, *experts = result.summary_rows
+    assert total["measured"] == 30
+    assert [row["measured"] for row in experts] == [0, 0]
+    assert np.isnan(total["misrouted_share"])
+    assert any("which expert gave it" in note for note in result.notes)
+
+
+def test_replicas_of_a_fleet_that_serves_are_found_by_its_state_file(folder: Path, server: str, tmp_path: Path) -> None:
+    state = {"url": server, "fleet": "alone", "supervisor_pid": os.getpid()}
+    state |= {"replicas": [{"expert": "one", "replica": 0, "url": server}]}
+    (tmp_path / "fleet.json").write_text(json.dumps(state))
+    file = fleet_file(folder / "checkpoint", CLOSED, router="{policy: class}")
+    result = run(file, url=server, corpus=folder / "prompts.jsonl", logs=tmp_path)
+    assert result.runs[0].replicas[0].kv_usage == 0.25
 
 
 # ----------------------------------------------------------------------------------------------------- what goes wrong
