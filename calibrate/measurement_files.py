@@ -149,11 +149,9 @@ class MeasurementFolder:
             MeasurementError: it could not be written; what was on disk before still is.
         """
         assert self.meta is not None
-        self.iterations = (
-            pd.concat([self.iterations, iterations], ignore_index=True) if len(self.iterations) else iterations
-        )
-        self.requests = pd.concat([self.requests, requests], ignore_index=True) if len(self.requests) else requests
-        self.meta = self.meta.model_copy(update={"points": [*self.meta.points, point]})
+        self.iterations = pd.concat([self.iterations, iterations], ignore_index=True)
+        self.requests = pd.concat([self.requests, requests], ignore_index=True)
+        self.meta = self.meta.model_copy(update={"points": (*self.meta.points, point)})
         try:
             for frame, name in ((self.iterations, ITERATIONS), (self.requests, REQUESTS)):
                 partial = self.folder / f".{name}.partial"
