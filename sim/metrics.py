@@ -213,7 +213,7 @@ def run_metrics(record: RunRecord, fleet: Fleet, slo: SloSpec | None) -> list[Ro
         row |= _latencies({name: column[part] for name, column in values.items()}, gaps[index])
         row |= _engine_averages(replicas)
         row["router_utilization"] = record.router.utilization if whole and record.router else np.nan
-        row["misrouted_share"] = _mean(values["misrouted"][part])
+        row["misrouted_share"] = distribution(values["misrouted"][part]).mean
         row |= _costs(chosen, row["output_throughput"])
         rows.append(row)
     return rows
@@ -246,7 +246,8 @@ def _derive(requests: Requests, fleet: Fleet, slo: SloSpec | None) -> dict[str, 
     values["prompt_tokens"] = requests["prompt_tokens"].astype(np.float64)
     values["output_tokens"] = requests["output_tokens"].astype(np.float64)
     misrouted = (requests["routed_class_index"] != requests["class_index"]).astype(np.float64)
-    values["misrouted"] = misrouted if fleet.router is not None else np.full(len(misrouted), np.nan)
+    told = (requests["routed_class_index"] >= 0) & (fleet.router is not None)
+    values["misrouted"] = np.where(told, misrouted, np.nan)
     if slo is not None:
         values["good"] = meets_slo(values["ttft"], values["tpot"], values["e2el"], slo).astype(np.float64)
     return values

@@ -49,7 +49,9 @@ def write_result(result: Result, folder: Path, formats: Collection[str] = DEFAUL
         for run in result.runs:
             name = _vllm_name(labels[run.fleet], run.load_kind, run.load, run.replication)
             paths.append(folder / "vllm" / name)
-            _write_text(paths[-1], _strict_json(vllm_result(run, result.fleets[run.fleet], result.file)))
+            _write_text(
+                paths[-1], _strict_json(vllm_result(run, result.fleets[run.fleet], result.file, result.measured))
+            )
     pictures = [form for form in ("png", "svg") if form in formats]
     if pictures and result.runs:
         paths += _write_pictures(folder, result, pictures)
@@ -71,6 +73,7 @@ def result_json(result: Result) -> str:
             "version": result.version,
             "seed": result.file.run.seed,
             "interrupted": result.interrupted,
+            "measured": None if result.measured is None else asdict(result.measured),
             "notes": result.notes,
             "slo": None if result.file.slo is None else result.file.slo.model_dump(mode="json"),
             "fleets": resolved_fleets(result),
@@ -80,7 +83,8 @@ def result_json(result: Result) -> str:
 
 
 def resolved_fleets(result: Result) -> dict[str, Any]:
-    """Return what each expert ran with once every default was resolved, and where its iteration times come from."""
+    """Return what each expert ran with once every default was resolved, and where its times come from."""
+    measured = result.measured
     return {
         name: {
             expert.name: {
@@ -93,7 +97,11 @@ def resolved_fleets(result: Result) -> dict[str, Any]:
                 "price_per_hour": expert.price_per_hour,
                 "engine": asdict(expert.engine),
                 "front_end": asdict(expert.front_end),
-                "curve": asdict(expert.curve.source),
+                **(
+                    {"curve": asdict(expert.curve.source)}
+                    if measured is None
+                    else {"measured_on": measured.engines[name][expert.name]}
+                ),
             }
             for expert in fleet.experts
         }
@@ -106,8 +114,10 @@ def resolved_yaml(result: Result) -> str:
     settings = yaml.safe_dump(resolved_fleets(result), sort_keys=False, allow_unicode=True, width=120)
     spec = yaml.safe_dump(result.file.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
     head = [f"expert-router {result.version}, seed {result.file.run.seed}; every default filled in."]
+    if result.measured is not None:
+        head.append(f"Measured, from {result.measured.started} on, at {', '.join(result.measured.urls.values())}.")
     if result.interrupted:
-        head.append("The simulation was interrupted: some loads or replications are missing from the results.")
+        head.append("It was interrupted: some loads or replications are missing from the results.")
     head += ["", "What each engine ran with:", *settings.splitlines()]
     return "".join(f"# {line}".rstrip() + "\n" for line in head) + "\n" + spec
 

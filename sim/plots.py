@@ -358,7 +358,7 @@ def _value_formatter(unit: str) -> FuncFormatter:
 
 
 def _source(result: Result) -> str:
-    """Where iteration times come from, short enough for a title: by name if there is one source, else by kind."""
+    """Where times come from, short enough for a title: by name if there is one source, else by kind."""
     labels = result.curve_labels
     if len(labels) == 1:
         return labels[0]
@@ -373,7 +373,8 @@ def _describe(figure: Figure, result: Result, title: str, legend: str | None) ->
     figure.suptitle(f"{title} ({_source(result)})", x=0.01, ha="left", fontweight="bold")
     replications = len({run.replication for run in result.runs})
     bands = f"means of {replications} replications with 95 % confidence" if replications > 1 else "one replication"
-    parts = [result.file.name, "simulated", bands, legend, f"expert-router {result.version}"]
+    kind = "simulated" if result.measured is None else "measured"
+    parts = [result.file.name, kind, bands, legend, f"expert-router {result.version}"]
     if result.interrupted:
         parts.insert(0, "interrupted, some points are missing")
     figure.supxlabel(" · ".join(part for part in parts if part), x=0.01, ha="left", fontsize=8, color=GREY)

@@ -1,6 +1,7 @@
 """Raw measurements of one run, simulated or real: timestamps and counts, from which ``sim.metrics`` derives."""
 
 from dataclasses import dataclass, field
+from math import nan
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,13 @@ REQUEST_COLUMNS: dict[str, str] = {
     "request_id": "int64",
     "user_id": "int64",  # -1 in an open loop or a trace
     "class_index": "int16",  # true class, index into the workload's classes
-    "routed_class_index": "int16",  # what the router took it for
+    "routed_class_index": "int16",  # what the router took it for; -1 when it did not tell
     "expert_index": "int16",  # index into the fleet's experts; -1 when none was chosen
     "replica_index": "int16",  # within the expert
     "prompt_tokens": "int32",
     "output_tokens": "int32",
-    "cached_prompt_tokens": "int32",  # prefix hits at first admission
-    "preemptions": "int32",
+    "cached_prompt_tokens": "int32",  # prefix hits at first admission; -1 where a real engine does not tell
+    "preemptions": "int32",  # -1 where a real engine does not tell
     "sent_s": "float64",  # by the user
     "router_start_s": "float64",  # a worker takes it up; before that it waits
     "router_end_s": "float64",  # expert and replica chosen
@@ -65,6 +66,8 @@ class ReplicaStats:
         front_end_utilization: share of the window in which the front-end process was busy.
         preemptions: in the window.
         iterations: in the window.
+        engine_requests: a real engine's own account of the requests that ended in the window: how many, and the mean
+            seconds of one in its queue, in prefill and in decode. NaN in a simulation, whose requests have the times.
     """
 
     expert_index: int
@@ -76,8 +79,12 @@ class ReplicaStats:
     kv_usage: float
     kv_usage_max: float
     front_end_utilization: float
-    preemptions: int
-    iterations: int
+    preemptions: float
+    iterations: float
+    engine_requests: float = nan
+    engine_queue_s: float = nan
+    engine_prefill_s: float = nan
+    engine_decode_s: float = nan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +119,7 @@ class RunRecord:
         router: None for a fleet without one.
         notes: what a reader of the figures must know (truncation, extrapolation, growing backlog).
         checks: name of each self-check -> what it found; a failed check raises instead.
+        began_monotonic_s: ``time.monotonic()`` at time 0 of a real run; NaN for a simulated one.
     """
 
     fleet: str
@@ -127,3 +135,4 @@ class RunRecord:
     router: RouterStats | None
     notes: tuple[str, ...] = ()
     checks: dict[str, str] = field(default_factory=dict)
+    began_monotonic_s: float = nan

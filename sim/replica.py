@@ -306,6 +306,7 @@ class Replica:
                     decodes=batch.decodes,
                     kv_usage=self._kv_blocks / self.engine.kv.num_blocks,
                     waiting=self.engine.queued,
+                    prefills=len(batch.chunks),
                 )
             )
 

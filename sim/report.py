@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sim.metrics import COUNTS, Row
-from sim.result import Result, loads_label
+from sim.result import Measured, Result, loads_label
 from sim.spec import ALL_EXPERTS
 
 PIPED_WIDTH = 160
@@ -186,7 +186,7 @@ def _width(heading: str, cells: list[str]) -> int:
 def _tells(column: Column, rows: list[Row]) -> bool:
     """Whether a column says anything: some figure is known, and failures only when there are any."""
     if column.metric in ("failed", "preemptions"):
-        return any(row[column.metric] for row in rows)
+        return any(row[column.metric] > 0 for row in rows)
     return any(row[column.metric] == row[column.metric] for row in rows)
 
 
@@ -208,6 +208,22 @@ def _listed(users: list[str]) -> str:
     return ", ".join(users[:MAX_LISTED_EXPERTS]) + (f" and {more} more" if more > 0 else "")
 
 
+def _measured_remarks(result: Result, measured: Measured) -> list[str]:
+    """Where a real run took place, and how well its load client kept up at each fleet's highest load."""
+    remarks = []
+    for fleet, url in measured.urls.items():
+        engines: dict[str, list[str]] = {}
+        for expert, engine in measured.engines[fleet].items():
+            engines.setdefault(engine, []).append(expert)
+        of = "; ".join(f"{_listed(experts)}: {engine}" for engine, experts in engines.items())
+        remarks.append(f"Measured: {fleet} at {url}, started {measured.started}. {of}.")
+        runs = [run for run in result.runs if run.fleet == fleet]
+        if runs and "load client" in runs[-1].checks:
+            load = loads_label(runs[-1].load_kind, [runs[-1].load])
+            remarks.append(f"Load client of {fleet} at {load}: {runs[-1].checks['load client']}.")
+    return remarks
+
+
 def _remarks(result: Result) -> list[str]:
     """What stands below the tables: where times come from, what was counted, and the notes of the runs."""
     remarks = []
@@ -217,6 +233,9 @@ def _remarks(result: Result) -> list[str]:
         for name, source in experts.items():
             using.setdefault(source.label, []).append(f"{fleet}/{name}")
             details.setdefault(source.label, set()).add(source.detail)
+    if result.measured is not None:
+        remarks += _measured_remarks(result, result.measured)
+        using = {}
     for label, users in using.items():
         whose = "all experts" if len(using) == 1 else _listed(users)
         several = len(details[label]) > 1

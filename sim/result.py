@@ -1,4 +1,4 @@
-"""What a simulation returns: the raw records of every finished run, and the figures derived from them."""
+"""What a simulation or a real run returns: the raw records of every run, and the figures derived from them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,16 +21,38 @@ if TYPE_CHECKING:
 MAX_LISTED_LOADS = 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """The outcome of ``simulate``.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """Where the figures of a real run come from.
 
     Attributes:
-        file: the fleet file that was simulated, every default filled in.
+        started: UTC date and time.
+        urls: fleet -> where its users sent.
+        engines: fleet -> expert -> its engine and version as the engine told them, e.g. ``vLLM 0.32.0``.
+    """
+
+    started: str
+    urls: dict[str, str]
+    engines: dict[str, dict[str, str]]
+
+    @property
+    def label(self) -> str:
+        """Short, for titles: ``measured, vLLM 0.32.0``."""
+        engines = dict.fromkeys(engine for experts in self.engines.values() for engine in experts.values())
+        return ", ".join(["measured", *engines])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """The outcome of ``simulate``, or of ``run`` on a real fleet.
+
+    Attributes:
+        file: the fleet file that was simulated or run, every default filled in.
         fleets: the resolved fleets by name.
         runs: one record per finished run, ordered by fleet, load and replication.
         version: of the program that made it.
-        interrupted: whether runs are missing because the user stopped the simulation.
+        interrupted: whether runs are missing or cut short because the user stopped it.
+        measured: of a real run; None: every time was predicted.
     """
 
     file: FleetFile
@@ -38,6 +60,7 @@ class Result:
     runs: list[RunRecord]
     version: str
     interrupted: bool = False
+    measured: Measured | None = None
 
     @cached_property
     def replication_rows(self) -> list[Row]:
@@ -83,7 +106,10 @@ class Result:
             )
             notes.append(f"{'; '.join(places)}: {note}")
         if self.interrupted:
-            notes.insert(0, f"interrupted: {len(self.runs)} runs had finished and are reported; the others are missing")
+            begun = f"{len(self.runs)} runs had finished and are reported; the others are missing"
+            if self.measured is not None:
+                begun = f"{len(self.runs)} runs had begun and are reported, the last one as far as it came"
+            notes.insert(0, f"interrupted: {begun}")
         return notes
 
     @cached_property
@@ -95,7 +121,9 @@ class Result:
 
     @cached_property
     def curve_labels(self) -> list[str]:
-        """The distinct labels of the curves, for titles."""
+        """Where times come from, for titles: the distinct labels of the curves, or that they were measured."""
+        if self.measured is not None:
+            return [self.measured.label]
         return list(dict.fromkeys(source.label for experts in self.curves.values() for source in experts.values()))
 
 

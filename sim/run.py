@@ -11,11 +11,12 @@ import numpy as np
 from sim.chrome_trace import TracedIteration
 from sim.feasibility import check_feasible
 from sim.fleet import Fleet
+from sim.measuring import completions_to_measure
 from sim.records import RunRecord
 from sim.resolve import resolve_fleet
 from sim.result import Result
 from sim.service_curve import ScaledCurve
-from sim.simulation import RunPlan, Simulation, completions_to_measure
+from sim.simulation import RunPlan, Simulation
 from sim.spec import ClosedLoop, FleetFile, OpenLoop, UserGrid, WorkloadSpec
 from sim.traces import read_workload_data
 

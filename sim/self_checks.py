@@ -1,4 +1,4 @@
-"""What every run checks about itself. A failed check is a defect of the simulator, and raises."""
+"""What every run, simulated or real, checks about itself. A failed check is a defect of this program, and raises."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -71,14 +71,7 @@ def check_run(
     Raises:
         SelfCheckError: one of them fails.
     """
-    found = {"conservation": _conservation(counted, requests), "order": _order(requests)}
-    found["little, system"] = _little(
-        "the system",
-        counted.in_system.area_until(end_s),
-        requests["sent_s"] + user_network_s,
-        requests["last_token_s"] - user_network_s,
-        end_s,
-    )
+    found = check_requests(counted, requests, end_s, requests["last_token_s"], user_network_s)
     if has_router:
         found["little, router"] = _little(
             "the router",
@@ -94,8 +87,40 @@ def check_run(
     return found
 
 
+def check_requests(
+    counted: Counted,
+    requests: dict[str, NDArray[Any]],
+    end_s: float,
+    left_s: NDArray[np.float64],
+    user_network_s: float = 0.0,
+) -> dict[str, str]:
+    """Check what needs no look inside the fleet: conservation, order, and Little's law for the whole system.
+
+    Args:
+        counted: events as they were counted.
+        requests: columns of ``REQUEST_COLUMNS``.
+        end_s: when the run ended.
+        left_s: when each request's user was through with it; NaN for one in flight.
+        user_network_s: one-way delay between users and the door where events are counted.
+
+    Raises:
+        SelfCheckError: one of them fails.
+    """
+    return {
+        "conservation": _conservation(counted, requests),
+        "order": _order(requests),
+        "little, system": _little(
+            "the system",
+            counted.in_system.area_until(end_s),
+            requests["sent_s"] + user_network_s,
+            left_s - user_network_s,
+            end_s,
+        ),
+    }
+
+
 def _fail(what: str) -> None:
-    raise SelfCheckError(f"self-check failed, please report this as a defect of the simulator: {what}")
+    raise SelfCheckError(f"self-check failed, please report this as a defect of Expert Router: {what}")
 
 
 def _conservation(counted: Counted, requests: dict[str, NDArray[Any]]) -> str:

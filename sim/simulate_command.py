@@ -140,7 +140,7 @@ def fleet_path(file: Path | None) -> Iterator[Path]:
 
 
 @contextmanager
-def progress_bar(console: Console) -> Iterator[Progress | None]:
+def progress_bar(console: Console, what: str = "simulating") -> Iterator[Progress | None]:
     """Show progress with the time left on a terminal; nothing elsewhere."""
     if not console.is_terminal:
         yield None
@@ -148,7 +148,7 @@ def progress_bar(console: Console) -> Iterator[Progress | None]:
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    columns = TextColumn("simulating"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    columns = TextColumn(what), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
     with Bar(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("simulating", total=1.0)
+        task = bar.add_task(what, total=1.0)
         yield lambda share: bar.update(task, completed=share)

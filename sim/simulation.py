@@ -1,26 +1,24 @@
 """One fleet at one load in one replication: users, router and replicas on one clock."""
 
-import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isnan, nan
 from typing import Any
 
-from numpy.typing import NDArray
 from simpy import Environment
 from simpy.events import Event, Timeout
 
 from sim.chrome_trace import TracedIteration
 from sim.fleet import Fleet
 from sim.kv_cache import PrefixGroup
+from sim.measuring import IN_STEP, NOT_WARM, Window, in_step, rare_garbage_collection, replication_seed, unsteady
 from sim.recorder import Recorder
 from sim.records import COMPLETED, FAILED, IN_FLIGHT, ReplicaStats, RouterStats, RunRecord
 from sim.replica import Replica
 from sim.request import Request
 from sim.routing import confusion, replica_choice
 from sim.self_checks import Counted, check_run
-from sim.spec import ClosedLoop, Fixed, OpenLoop, RouterSpec, RunSpec, Trace, WorkloadSpec
+from sim.spec import ClosedLoop, OpenLoop, RouterSpec, RunSpec, WorkloadSpec
 from sim.stations import RouterStation
 from sim.streams import stream
 from sim.traffic import ClosedLoopTraffic, OpenTraffic, TraceTraffic, WorkloadData
@@ -29,26 +27,6 @@ from sim.users import ClosedLoopUsers, arriving_requests
 PROGRESS_STEPS = 50
 MAX_IN_FLIGHT = 200_000
 """Requests in flight at which an open loop or a trace is stopped: far beyond what any fleet here holds, and memory."""
-
-
-STEADY = 0.05
-IN_STEP = (
-    "users start at once, and with constant lengths and think time they stay in step: TTFT is that of their bursts; "
-    "vary lengths or think time, or set ramp_up_s"
-)
-
-
-def in_step(workload: WorkloadSpec, users: float) -> bool:
-    """Whether users send in bursts for ever because nothing ever puts them out of step."""
-    load = workload.load
-    return (
-        isinstance(load, ClosedLoop)
-        and users > 1
-        and not load.ramp_up_s
-        and isinstance(load.think_time_s, Fixed)
-        and all(isinstance(spec.output_tokens, Fixed) for spec in workload.classes.values())
-        and len({(spec.output_tokens, spec.prompt_tokens) for spec in workload.classes.values()}) == 1
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,32 +49,6 @@ class RunPlan:
     trace: tuple[int, int] | None = None
 
 
-def completions_to_measure(workload: WorkloadSpec, run: RunSpec, load: float) -> tuple[int | None, int]:
-    """Return how many completions a run measures and how many before them it leaves out (see ``RunSpec``).
-
-    None instead of the first: until ``duration_s`` has passed, or the trace is over.
-    """
-    measured: int | None
-    match workload.load:
-        case ClosedLoop():
-            per_user = round((run.requests_per_user or 0) * load)
-            measured = max(run.requests or 0, per_user) or max(500, 4 * int(load))
-            warm_up = int(load)
-        case OpenLoop():
-            measured = run.requests or 2000
-            warm_up = measured // 10
-        case Trace():
-            measured = run.requests
-            warm_up = 0
-    if run.duration_s is not None:
-        measured = None
-    if run.warm_up_s is not None:
-        warm_up = 0
-    elif run.warm_up_requests is not None:
-        warm_up = run.warm_up_requests
-    return measured, warm_up
-
-
 class Simulation:
     """Builds the stations of a plan; ``run`` simulates it once.
 
@@ -113,7 +65,7 @@ class Simulation:
         self._plan = plan
         self._progress = progress
         self._env = env = Environment()
-        self._seed = int(stream(plan.run.seed, "replication", plan.replication).integers(2**62))
+        self._seed = replication_seed(plan.run.seed, plan.replication)
         self._recorder = Recorder()
         self._active: dict[int, Request] = {}
 
@@ -146,13 +98,8 @@ class Simulation:
 
         self._users: ClosedLoopUsers | None = None
         self._arrivals: Iterator[Request] = iter(())
-        self._measured, self._warm_up = completions_to_measure(plan.workload, plan.run, plan.load)
-        self._last = None if self._measured is None else self._warm_up + self._measured
-        load = plan.workload.load
-        self._ramp_up_s = load.ramp_up_s if isinstance(load, ClosedLoop) else 0.0
-        self._warm = False
-        self._progress_step = max(1, (self._last or 0) // PROGRESS_STEPS)
-        self._window_start_s = nan
+        self._window = Window(plan.workload, plan.run, plan.load)
+        self._progress_step = max(1, (self._window.last or 0) // PROGRESS_STEPS)
         self._at_start = [(0.0, 0.0) for _ in self.replicas]  # waiting area, front-end busy time
         self._router_busy_at_start_s = 0.0
         self._router_area_at_start_s = 0.0
@@ -171,13 +118,11 @@ class Simulation:
         """
         plan, env = self._plan, self._env
         self._start_load()
-        if plan.run.warm_up_s is not None:
-            self._at(plan.run.warm_up_s, lambda event: self._open_window(env.now))
-        elif not self._warm_up:
-            self._warm = True
-            if not self._ramp_up_s:
-                self._open_window(0.0)
-        with _rare_garbage_collection():
+        if self._window.opens_at_s == 0:
+            self._open_window(0.0)
+        elif self._window.opens_at_s is not None:
+            self._at(self._window.opens_at_s, lambda event: self._open_window(env.now))
+        with rare_garbage_collection():
             env.run(until=self._done if plan.run.duration_s is None else plan.run.duration_s)
         return self._record()
 
@@ -326,16 +271,13 @@ class Simulation:
         self._latest_s = requests[-1].last_token_s
         before = self.counted.ended
         ended = self.counted.ended = before + len(requests)
-        if before < self._warm_up <= ended:
-            self._warm = True
-        if self._warm and isnan(self._window_start_s) and now_s >= self._ramp_up_s:
+        if self._window.count(now_s, before, ended):
             self._open_window(now_s)
-            if self._measured is not None:
-                self._last = ended + self._measured
-        if self._last is not None:
+        last = self._window.last
+        if last is not None:
             if self._progress is not None and ended // self._progress_step > before // self._progress_step:
-                self._progress(min(1.0, ended / self._last))
-            if ended >= self._last and not isnan(self._window_start_s):
+                self._progress(min(1.0, ended / last))
+            if self._window.is_over(ended):
                 if not self._done.triggered:
                     self._done.succeed()
                 return
@@ -347,7 +289,7 @@ class Simulation:
     # --------------------------------------------------------------------------------------------- what came of it
 
     def _open_window(self, now_s: float) -> None:
-        self._window_start_s = now_s
+        self._window.open(now_s)
         self._latest_at_start_s = self._latest_s
         self._in_flight_at_start = self.counted.in_system.count
         self._system_area_at_start_s = self.counted.in_system.area_until(now_s)
@@ -359,9 +301,9 @@ class Simulation:
     def _record(self) -> RunRecord:
         plan, end_s = self._plan, self._env.now
         notes = list(plan.data.notes)
-        if isnan(self._window_start_s):
-            notes.append("the run ended before its warm-up did: nothing was measured; give a longer run")
-            self._window_start_s = end_s
+        if isnan(self._window.start_s):
+            notes.append(NOT_WARM)
+            self._window.open(end_s)
         if self._stopped:
             notes.append(self._stopped)
         for request in self._active.values():
@@ -373,11 +315,20 @@ class Simulation:
             if name.endswith("_s"):
                 column[in_flight & (column > end_s)] = nan  # known to the simulator, but not yet happened
         start_user_s = 0.0
-        if self._window_start_s:
-            start_user_s = max(self._window_start_s + self._user_network_s, self._latest_at_start_s)
+        if self._window.start_s:
+            start_user_s = max(self._window.start_s + self._user_network_s, self._latest_at_start_s)
         # The clock reaches a time by adding delays, so the last answer may lie a rounding error behind it.
         window_s = (start_user_s, max(end_s + self._user_network_s, self._latest_s))
-        notes += self._unsteady(requests, window_s, end_s)
+        length_s = window_s[1] - window_s[0]
+        in_system = self.counted.in_system
+        notes += unsteady(
+            requests,
+            window_s,
+            closed_loop=self._users is not None,
+            inside=(in_system.area_until(end_s) - self._system_area_at_start_s) / length_s if length_s > 0 else nan,
+            in_flight_at_start=self._in_flight_at_start,
+            in_flight_at_end=in_system.count,
+        )
         if in_step(plan.workload, plan.load):
             notes.append(IN_STEP)
         notes += [note for replica in self.replicas for note in _extrapolations(replica)]
@@ -395,7 +346,7 @@ class Simulation:
             gaps=self._recorder.gaps(requests, self.replicas, window_s),
             window_s=window_s,
             replicas=tuple(
-                _replica_stats(replica, before, self._window_start_s, end_s)
+                _replica_stats(replica, before, self._window.start_s, end_s)
                 for replica, before in zip(self.replicas, self._at_start, strict=True)
             ),
             router=self._router_stats(end_s),
@@ -403,54 +354,16 @@ class Simulation:
             checks=checks,
         )
 
-    def _unsteady(self, requests: dict[str, NDArray[Any]], window_s: tuple[float, float], end_s: float) -> list[str]:
-        """Say so when the window's figures are not those of a steady state."""
-        length_s = window_s[1] - window_s[0]
-        last_s = requests["last_token_s"]
-        measured = (requests["status"] == COMPLETED) & (last_s > window_s[0]) & (last_s <= window_s[1])
-        if length_s <= 0:
-            return []
-        if not measured.any():
-            return ["no request completed in the measured time; give a longer run"]
-        if self._users is None:
-            before, after = self._in_flight_at_start, self.counted.in_system.count
-            if after > 1.5 * before + 20:
-                return [
-                    "not steady: requests in flight grew by more than half while measuring, so the load exceeds the "
-                    "fleet and latencies grow with the length of the run"
-                ]
-            return []
-        # Little's law holds over any window for those in it; when those who left it differ, it is too short.
-        inside = (self.counted.in_system.area_until(end_s) - self._system_area_at_start_s) / length_s
-        left = measured.sum() / length_s * float((last_s - requests["sent_s"])[measured].mean())
-        if inside and abs(left / inside - 1) > STEADY:
-            return [
-                f"not steady: throughput times latency is over {STEADY:.0%} off the requests in flight; measure longer "
-                "(run.requests_per_user)"
-            ]
-        return []
-
     def _router_stats(self, end_s: float) -> RouterStats | None:
         spec = self._plan.fleet.router
         if self.router is None or spec is None:
             return None
-        window_s = end_s - self._window_start_s
+        window_s = end_s - self._window.start_s
         if not window_s:
             return RouterStats(utilization=nan, requests=nan)
         busy_s = self.router.busy_until(end_s) - self._router_busy_at_start_s
         in_router = (self.counted.at_router.area_until(end_s) - self._router_area_at_start_s) / window_s
         return RouterStats(utilization=busy_s / window_s / spec.workers, requests=in_router)
-
-
-@contextmanager
-def _rare_garbage_collection() -> Iterator[None]:
-    """Let the collector of cyclic garbage, of which a run makes none, look less often: it walks every live request."""
-    thresholds = gc.get_threshold()
-    gc.set_threshold(max(thresholds[0], 100_000), *thresholds[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*thresholds)
 
 
 def _service_factors(spec: RouterSpec, seed: int) -> Callable[[], float]:

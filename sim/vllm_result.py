@@ -19,16 +19,17 @@ from sim.metrics import (
     weighted_distribution,
 )
 from sim.records import RunRecord
+from sim.result import Measured
 from sim.spec import FleetFile, OpenLoop
 
 
-def vllm_result(run: RunRecord, fleet: Fleet, file: FleetFile) -> dict[str, Any]:
+def vllm_result(run: RunRecord, fleet: Fleet, file: FleetFile, measured: Measured | None = None) -> dict[str, Any]:
     """Return vLLM's keys for the requests that ended in the measured window; NaN and ``None`` where unknown.
 
     What a simulation does not have is left out or null rather than made up: ``date`` (equal inputs give equal files),
     ``generated_texts``, and ``itls`` and ``max_output_tokens_per_s``, because gaps are kept pooled over requests, not
     per request (the ``itl`` figures are exact). Where vLLM reports 0 for a figure without data, this says null.
-    ``queue_times``, the wait inside the load generator, is 0 because simulated users send at once. Keys that vLLM does
+    ``queue_times``, the wait inside the load generator, is 0 because users send at once. Keys that vLLM does
     not have follow at the end, as its ``--metadata`` would add them.
     """
     load = file.workload.load
@@ -43,7 +44,7 @@ def vllm_result(run: RunRecord, fleet: Fleet, file: FleetFile) -> dict[str, Any]
     models = sorted({expert.model for expert in fleet.experts})
     succeeded = completed[ended]
     return {
-        "backend": "expert-router simulate",
+        "backend": "expert-router simulate" if measured is None else "expert-router run",
         "label": run.fleet,
         "model_id": ", ".join(models),
         "tokenizer_id": ", ".join(models),
@@ -70,10 +71,14 @@ def vllm_result(run: RunRecord, fleet: Fleet, file: FleetFile) -> dict[str, Any]
         "start_times": detailed["sent_s"].tolist(),
         "queue_times": [0.0] * len(succeeded),
         "errors": ["" if success else "failed" for success in succeeded],
-        "simulated": True,
+        "simulated": measured is None,
         "seed": file.run.seed,
         "replication": run.replication,
-        "service_curves": {expert.name: expert.curve.source.label for expert in fleet.experts},
+        **(
+            {"service_curves": {expert.name: expert.curve.source.label for expert in fleet.experts}}
+            if measured is None
+            else {"measured": measured.started, "url": measured.urls[run.fleet], "engines": measured.engines[run.fleet]}
+        ),
     }
 
 

@@ -5,9 +5,9 @@ from sim.chrome_trace import TracedIteration, chrome_trace
 
 def test_iterations_become_slices_and_counters_in_microseconds() -> None:
     iterations = [
-        TracedIteration(0.0, 0.02, prefill_tokens=512, decodes=0, kv_usage=0.1, waiting=2),
-        TracedIteration(0.02, 0.01, prefill_tokens=0, decodes=3, kv_usage=0.2, waiting=0),
-        TracedIteration(1.0, 0.01, prefill_tokens=64, decodes=1, kv_usage=0.1, waiting=0),
+        TracedIteration(0.0, 0.02, prefill_tokens=512, decodes=0, kv_usage=0.1, waiting=2, prefills=1),
+        TracedIteration(0.02, 0.01, prefill_tokens=0, decodes=3, kv_usage=0.2, waiting=0, prefills=0),
+        TracedIteration(1.0, 0.01, prefill_tokens=64, decodes=1, kv_usage=0.1, waiting=0, prefills=1),
     ]
     events = json.loads(chrome_trace(iterations, "expert-0, replica 0"))["traceEvents"]
     slices = [(event["name"], event["ts"], event["dur"]) for event in events if event["ph"] == "X"]

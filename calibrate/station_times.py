@@ -1,0 +1,92 @@
+"""Where a request's time goes, simulated and measured: which station a wrong prediction comes from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import nan
+
+import numpy as np
+
+from sim.metrics import completed_in_window
+from sim.records import RunRecord
+from sim.spec import ALL_EXPERTS
+
+STATIONS = ("router", "engine queue", "prefill", "decode", "front end and network")
+"""In the order of a request's way; the last is what the others leave of its end-to-end time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StationTime:
+    """Mean seconds of a request at one station; NaN where a side cannot know."""
+
+    load: float
+    expert: str
+    station: str
+    simulated_s: float
+    measured_s: float
+
+
+def station_times(simulated: RunRecord, measured: Sequence[RunRecord]) -> list[StationTime]:
+    """Return the times of the fleet and of each expert at one load, measured ones as means over the runs.
+
+    Simulated times come from the timestamps of each request; measured ones of the router from the gateway's headers and
+    those inside the engine from its own sums (vLLM's ``request_queue_time_seconds``, ``..._prefill_...``,
+    ``..._decode_...``), whose prefill lasts from the first scheduling to the first token, as here.
+    """
+    names = (ALL_EXPERTS, *simulated.expert_names)
+    rows = []
+    for index, name in enumerate(names, start=-1):
+        ours = _from_timestamps(simulated, index)
+        theirs = [_from_engines(record, index) for record in measured]
+        rows += [
+            StationTime(
+                load=simulated.load,
+                expert=name,
+                station=station,
+                simulated_s=ours[station],
+                measured_s=float(np.mean([each[station] for each in theirs])) if theirs else nan,
+            )
+            for station in STATIONS
+        ]
+    return rows
+
+
+def _chosen(record: RunRecord, expert_index: int) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+    chosen = completed_in_window(record)
+    return chosen if expert_index < 0 else chosen & (record.requests["expert_index"] == expert_index)
+
+
+def _between(record: RunRecord, expert_index: int, start: str, end: str) -> float:
+    seconds = (record.requests[end] - record.requests[start])[_chosen(record, expert_index)]
+    return float(seconds.mean()) if len(seconds) else nan
+
+
+def _from_timestamps(record: RunRecord, index: int) -> dict[str, float]:
+    routed = record.router is not None
+    times = {
+        "router": _between(record, index, "sent_s", "router_end_s") if routed else 0.0,
+        "engine queue": _between(record, index, "engine_arrival_s", "scheduled_s"),
+        "prefill": _between(record, index, "scheduled_s", "first_token_engine_s"),
+        "decode": _between(record, index, "first_token_engine_s", "last_token_engine_s"),
+    }
+    return _with_rest(times, _between(record, index, "sent_s", "last_token_s"))
+
+
+def _from_engines(record: RunRecord, index: int) -> dict[str, float]:
+    replicas = [replica for replica in record.replicas if index < 0 or replica.expert_index == index]
+    weights = [replica.engine_requests for replica in replicas]
+
+    def mean(values: list[float]) -> float:
+        return float(np.average(values, weights=weights)) if sum(weights) > 0 else nan
+
+    routed = record.router is not None
+    times = {
+        "router": _between(record, index, "sent_s", "router_end_s") if routed else 0.0,
+        "engine queue": mean([replica.engine_queue_s for replica in replicas]),
+        "prefill": mean([replica.engine_prefill_s for replica in replicas]),
+        "decode": mean([replica.engine_decode_s for replica in replicas]),
+    }
+    return _with_rest(times, _between(record, index, "sent_s", "last_token_s"))
+
+
+def _with_rest(times: dict[str, float], end_to_end_s: float) -> dict[str, float]:
+    return {**times, "front end and network": end_to_end_s - sum(times.values())}

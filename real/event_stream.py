@@ -1,0 +1,69 @@
+"""Server-sent events on their way through: bytes in, the same bytes out, cut only where an event ends.
+
+No chunk is parsed as JSON. Because a client only ever holds whole events, an error event can follow at any time, and
+because the last events are kept, a stream that ends without ``[DONE]`` or with an error is known as such.
+"""
+
+_DONE = (b"data: [DONE]", b"data:[DONE]")
+_ERROR = (b'data: {"error"', b'data:{"error"')
+_LONGEST_EVENT_BYTES = 2**18
+
+
+class EventStream:
+    """Follows one stream of events."""
+
+    __slots__ = ("_before", "_data_lines", "_last", "_rest")
+
+    def __init__(self) -> None:
+        self._rest = b""  # of an event whose end has not come yet
+        self._last = b""
+        self._before = b""
+        self._data_lines = 0
+
+    def whole(self, data: bytes) -> bytes:
+        """Take bytes of the stream and return those that are now whole events, perhaps none."""
+        if self._rest:
+            data = self._rest + data
+            self._rest = b""
+        if not data.endswith((b"\n\n", b"\r\n\r\n")):
+            line_feeds, both = data.rfind(b"\n\n"), data.rfind(b"\r\n\r\n")
+            end = max(line_feeds + 2 if line_feeds >= 0 else 0, both + 4 if both >= 0 else 0)
+            if end == 0:
+                self._rest = data
+                if len(data) < _LONGEST_EVENT_BYTES:
+                    return b""
+                end = len(data)  # no event is this long: pass it on rather than hold ever more
+            data, self._rest = data[:end], data[end:]
+        self._note(data)
+        return data
+
+    def remainder(self) -> bytes:
+        """Return what came after the last whole event; to be passed on when the stream has ended well."""
+        rest, self._rest = self._rest, b""
+        if rest:
+            self._note(rest)
+        return rest
+
+    def _note(self, data: bytes) -> None:
+        self._before, self._last = self._last, data
+        self._data_lines += data.count(b"\ndata:") + data.startswith(b"data:")
+
+    @property
+    def chunks(self) -> int:
+        """Events with data so far, ``[DONE]`` not counted."""
+        return self._data_lines - self.is_done
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the last event was ``[DONE]``."""
+        events = self._last_events()
+        return bool(events) and events[-1] in _DONE
+
+    @property
+    def is_error(self) -> bool:
+        """Whether one of the last two events is an error."""
+        return any(event.startswith(_ERROR) for event in self._last_events()[-2:])
+
+    def _last_events(self) -> list[bytes]:
+        text = (self._before + self._last).replace(b"\r\n", b"\n")
+        return [line for line in text.split(b"\n") if line.startswith(b"data:")]

@@ -1,0 +1,94 @@
+"""One worker process of a gateway: ``python -m real.gateway_worker INDEX PARENT_PID``, its config on stdin."""
+
+import asyncio
+import logging
+import signal
+import sys
+
+import uvloop
+from aiohttp import web
+
+from real.api_keys import keys_from_environment
+from real.classification import Classification
+from real.client_connection import ClientServer
+from real.forwarding import Forwarding
+from real.gateway_app import GatewayApp
+from real.gateway_config import GatewayConfig
+from real.gateway_metrics import GatewayMetrics
+from real.health_checks import HealthChecks
+from real.parent_death import die_with_parent
+from real.replica_health import State
+from real.replicas import Replica, Routing
+from real.upstream import Upstream
+from sim.streams import stream
+
+READY_LINE = "ready"
+_POLL_S = 0.02
+_FLUSH_S = 0.5
+_BACKLOG = 4096
+
+
+async def serve(config: GatewayConfig, worker: int) -> None:
+    """Serve until told to stop, then drain."""
+    loop = asyncio.get_running_loop()
+    stop, stop_now = asyncio.Event(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, lambda: stop_now.set() if stop.is_set() else stop.set())
+    keys = keys_from_environment(config.serve.api_key_env)
+    decides = config.routes_by_class and len(config.classes) > 1
+    classification = Classification(config.serve.classifier, config.classes) if decides else None
+    metrics = GatewayMetrics()
+    routing = Routing(config, worker, stream(config.seed, "policy", worker).random)
+    async with Upstream(config.serve.timeouts) as upstream:
+        forwarding = Forwarding(config, worker, routing, classification, upstream, metrics)
+        told = dict.fromkeys(routing.replicas, 0)
+
+        def tell(replica: Replica) -> None:
+            name, ejections = config.experts[replica.expert].name, replica.health.ejections
+            up = replica.health.state is State.IN
+            metrics.replica(name, replica.index, up=up, ejections=ejections - told[replica])
+            told[replica] = ejections
+            forwarding.admission.hand_out()
+
+        checks = HealthChecks(routing.replicas, upstream, config.serve.health, tell)
+        await checks.first()
+        app = GatewayApp(config, keys, forwarding)
+        runner = web.ServerRunner(ClientServer(app.handle, config.serve.timeouts), shutdown_timeout=_FLUSH_S)
+        await runner.setup()
+        await web.TCPSite(runner, config.serve.host, config.serve.port, reuse_port=True, backlog=_BACKLOG).start()
+        checking = asyncio.create_task(checks.run())
+        print(READY_LINE, flush=True)
+        await stop.wait()
+        app.draining = True
+        await _drained(forwarding, config.serve.drain_s, stop_now)
+        checking.cancel()
+        forwarding.stop()
+        await _drained(forwarding, _FLUSH_S, asyncio.Event())
+        await runner.cleanup()
+    if classification is not None:
+        classification.close()
+
+
+async def _drained(forwarding: Forwarding, longest_s: float, stop_now: asyncio.Event) -> None:
+    """Wait until nothing is under way, or for so long, or until told to stop now."""
+    loop = asyncio.get_running_loop()
+    end_s = loop.time() + longest_s
+    while forwarding.open and loop.time() < end_s and not stop_now.is_set():
+        await asyncio.sleep(_POLL_S)
+
+
+def main() -> None:
+    """Run one worker; exits with 2 when it cannot begin."""
+    worker, parent_pid = int(sys.argv[1]), int(sys.argv[2])
+    die_with_parent(parent_pid)
+    logging.basicConfig(level=logging.WARNING, format=f"gateway worker {worker}: %(message)s")
+    config = GatewayConfig.model_validate_json(sys.stdin.buffer.read())
+    try:
+        uvloop.run(serve(config, worker))
+    except (ValueError, OSError) as error:
+        print(f"gateway: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

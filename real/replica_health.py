@@ -1,0 +1,135 @@
+"""Whether a replica gets requests: what active checks and passing requests say about it, as a state machine.
+
+In rotation -> out, when checks are missed, or a request finds the replica unreachable or silent, or 5xx or broken
+answers come in a row. Out -> on trial, after a wait and good checks in a row: one request tries it. Its first good
+byte brings the replica back, its failure doubles the wait. A 4xx is the client's mistake and never counts. The clock
+is the caller's, so that nothing here waits.
+"""
+
+import math
+from enum import Enum
+
+from sim.serve_spec import HealthSpec
+
+LONGEST_WAIT_S = 30.0
+SERVER_ERRORS_IN_A_ROW = 5
+SLOW_START_S = 1.0
+"""How long a replica that came back gets no more than its share: it has nothing to do, and would draw everyone."""
+
+
+class State(Enum):
+    """Of a replica."""
+
+    IN = "in rotation"
+    OUT = "out"
+    TRIAL = "on trial"
+
+
+class ReplicaHealth:
+    """The state of one replica.
+
+    Attributes:
+        state: where it stands.
+        ejections: how often it left the rotation.
+        returned_s: when it last came back, and from when on it starts slowly.
+    """
+
+    __slots__ = (
+        "_bad_checks",
+        "_good_checks",
+        "_retry_at_s",
+        "_server_errors",
+        "_spec",
+        "_trial_taken",
+        "_wait_s",
+        "ejections",
+        "returned_s",
+        "state",
+    )
+
+    def __init__(self, spec: HealthSpec) -> None:
+        self._spec = spec
+        self.state = State.OUT
+        self.ejections = 0
+        self.returned_s = -math.inf
+        self._good_checks = 0
+        self._bad_checks = 0
+        self._server_errors = 0
+        self._wait_s = spec.reopen_s
+        self._retry_at_s = 0.0
+        self._trial_taken = False
+
+    def begin(self, ok: bool) -> None:
+        """Take the first check, made before the gateway listens, for what the replica is."""
+        self.state = State.IN if ok else State.OUT
+
+    def checked(self, ok: bool, now_s: float) -> None:
+        """Note the outcome of an active check."""
+        if ok:
+            self._good_checks += 1
+            self._bad_checks = 0
+            self._end_wait(now_s)
+        else:
+            self._good_checks = 0
+            self._bad_checks += 1
+            if self.state is State.IN and self._bad_checks >= self._spec.unhealthy_after:
+                self._leave(now_s)
+            elif self.state is State.TRIAL and not self._trial_taken:
+                self.state = State.OUT
+
+    def _end_wait(self, now_s: float) -> None:
+        if self.state is State.OUT and self._good_checks >= self._spec.healthy_after and now_s >= self._retry_at_s:
+            self.state = State.TRIAL
+            self._trial_taken = False
+
+    @property
+    def usable(self) -> bool:
+        """Whether it makes sense to wait for a place there."""
+        return self.state is not State.OUT
+
+    @property
+    def open(self) -> bool:
+        """Whether it may get a request now."""
+        return self.state is State.IN or (self.state is State.TRIAL and not self._trial_taken)
+
+    def sent(self) -> None:
+        """Note that a request goes there."""
+        if self.state is State.TRIAL:
+            self._trial_taken = True
+
+    def answered(self, now_s: float) -> None:
+        """Note a good first byte."""
+        self._server_errors = 0
+        if self.state is State.TRIAL:
+            self.state = State.IN
+            self._wait_s = self._spec.reopen_s
+            self._bad_checks = 0
+            self.returned_s = now_s
+
+    def server_error(self, now_s: float) -> None:
+        """Note an answer with 5xx, or one that broke off."""
+        self._server_errors += 1
+        if self.state is State.TRIAL or self._server_errors >= SERVER_ERRORS_IN_A_ROW:
+            self.failed(now_s)
+
+    def failed(self, now_s: float) -> None:
+        """Note a connection refused, or a silence that was too long."""
+        if self.state is State.TRIAL:
+            self._wait_s = min(2 * self._wait_s, LONGEST_WAIT_S)
+        if self.state is not State.OUT:
+            self._leave(now_s)
+
+    def trial_undecided(self) -> None:
+        """Note that the request on trial ended without telling anything: its client left, or it was a 4xx."""
+        self._trial_taken = False
+
+    def _leave(self, now_s: float) -> None:
+        self.ejections += 1
+        self.state = State.OUT
+        self._good_checks = 0
+        self._server_errors = 0
+        self._retry_at_s = now_s + self._wait_s
+
+    def retry_after_s(self, now_s: float) -> float:
+        """Return how long it will be out at least."""
+        return max(0.0, self._retry_at_s - now_s)

@@ -1,0 +1,101 @@
+"""A gateway in front of mock experts, and the ledger: every request sent has one outcome, the same on all three sides."""
+
+import contextlib
+import json
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.kit.client import Client, Reply, play
+from tests.kit.processes import Expert, GatewayProcess, config_for, running
+
+
+class Scene:
+    """The processes of one test."""
+
+    def __init__(self, folder: Path, experts: Mapping[str, int], behaviour: Mapping[str, Any], **config: Any) -> None:
+        self.folder = folder
+        self.behaviour = dict(behaviour)
+        self.experts = {
+            name: [self._expert(name, index, wait=False) for index in range(count)] for name, count in experts.items()
+        }
+        for expert in self.all:
+            expert.wait_until_ready()
+        urls = {name: [expert.url for expert in replicas] for name, replicas in self.experts.items()}
+        environment = config.pop("environment", None)
+        self.gateway = GatewayProcess(
+            config_for(urls, request_log=folder / "gateway.log", **config), folder, environment
+        )
+        self.replies: list[Reply] = []
+
+    def _expert(self, name: str, index: int, port: int | None = None, *, wait: bool = True) -> Expert:
+        log = self.folder / f"{name}-{index}.log"
+        return Expert(name, port=port, log=log, wait=wait, **self.behaviour)
+
+    @property
+    def all(self) -> list[Expert]:
+        return [expert for replicas in self.experts.values() for expert in replicas]
+
+    def play(self, story: Callable[[Client], Awaitable[None]]) -> None:
+        """Run a story with a client of the gateway."""
+        play(self.gateway.port, story, self.replies)
+
+    def restart(self, name: str, index: int = 0) -> Expert:
+        """Start a killed expert again, at its old port."""
+        old = self.experts[name][index]
+        old.close()
+        self.experts[name][index] = self._expert(name, index, old.port)
+        return self.experts[name][index]
+
+    # ------------------------------------------------------------------------------------------------- the ledger
+
+    def gateway_log(self) -> list[dict[str, Any]]:
+        path = self.folder / "gateway.log"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def expert_logs(self) -> dict[str, list[dict[str, Any]]]:
+        return {
+            path.stem: [json.loads(line) for line in path.read_text().splitlines()]
+            for path in sorted(self.folder.glob("*-*.log"))
+        }
+
+    def check_ledger(self) -> Counter[str]:
+        """Hold the three sides together; return how many requests had which outcome by the client's account."""
+        replies = self.replies
+        reached = [reply for reply in replies if reply.end != "refused"]
+        lines: dict[str, list[str]] = {}
+        for line in self.gateway_log():
+            lines.setdefault(line["request_id"], []).append(line["outcome"])
+        starts: Counter[str] = Counter()
+        finished: Counter[str] = Counter()
+        for log in self.expert_logs().values():
+            starts.update(line["id"] for line in log if line["what"] == "start")
+            finished.update(line["id"] for line in log if line["what"] == "completed")
+        sent = {reply.request_id for reply in replies}
+        assert len(sent) == len(replies), "two requests of one id"
+        for reply in reached:
+            own = lines.get(reply.request_id, [])
+            assert len(own) == 1 or (not own and reply.outcome == "cancelled"), f"{reply}: gateway says {own}"
+            if reply.outcome == "completed":
+                assert own == ["completed"], f"{reply.request_id}: client has it all, gateway says {own}"
+                assert finished[reply.request_id] == 1
+            elif own == ["completed"]:
+                assert reply.outcome == "cancelled", f"{reply.request_id}: gateway completed, client {reply.outcome}"
+            assert starts[reply.request_id] <= 2
+        assert set(lines) <= sent, f"gateway has answered what nobody sent: {set(lines) - sent}"
+        assert set(starts) <= sent, f"an expert got what nobody sent: {set(starts) - sent}"
+        return Counter(reply.outcome for reply in replies)
+
+
+@contextlib.contextmanager
+def scene(
+    folder: Path, experts: Mapping[str, int] | None = None, behaviour: Mapping[str, Any] | None = None, **config: Any
+) -> Iterator[Scene]:
+    """Start experts (name -> replicas) and a gateway, and end them whatever happens."""
+    built = Scene(folder, experts or {"code": 1}, behaviour or {}, **config)
+    try:
+        yield built
+    finally:
+        with running(built.gateway, *built.all):
+            pass

@@ -1,0 +1,1 @@
+"""A stand-in for vLLM in tests of what starts and watches it."""

@@ -1,0 +1,243 @@
+import asyncio
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.kit.client import Client, Reply
+from tests.kit.processes import CLASSES, until
+from tests.kit.scene import Scene, scene
+
+SETTLE_S = 5.0
+
+
+def settled(fleet: Scene) -> bool:
+    return fleet.gateway.total("open_requests") == 0
+
+
+def by_expert(replies: list[Reply]) -> Counter[str]:
+    return Counter(reply.headers.get("x-expert-router-expert", "none") for reply in replies)
+
+
+def test_g1_g2_a_killed_expert_takes_down_its_own_streams_and_says_so(tmp_path: Path) -> None:
+    behaviour = {"ttft_s": 0.05, "itl_s": 0.05}
+    with scene(tmp_path, dict.fromkeys(CLASSES, 1), behaviour) as fleet:
+
+        async def story(client: Client) -> None:
+            streams = [
+                asyncio.create_task(client.complete(f"{CLASSES[index % 4]} {index}", max_tokens=60))
+                for index in range(100)
+            ]
+            await asyncio.sleep(1.0)
+            killed_s = asyncio.get_running_loop().time()
+            fleet.experts["talk"][0].kill()
+            ids = {"x-request-id": "after"}
+            after = await client.complete("talk now", headers=ids)
+            assert (after.status, after.took_s < 0.5) == (503, True)
+            assert int(after.headers["retry-after"]) >= 1
+            print(f"G2: next request refused in {after.took_s * 1e3:.1f} ms")
+            replies = await asyncio.gather(*streams)
+            others = [reply for reply in replies if reply.headers["x-expert-router-expert"] != "talk"]
+            dead = [reply for reply in replies if reply.headers["x-expert-router-expert"] == "talk"]
+            assert len(dead) == 25
+            assert {reply.outcome for reply in others} == {"completed"}
+            assert {reply.body.count(b'"text": " word') for reply in others} == {60}
+            for reply in dead:
+                assert (reply.end, reply.errors, reply.is_done) == ("clean", 1, True)
+            late_s = max(reply.ended_s for reply in dead) - killed_s
+            assert late_s < 2.0
+            print(f"G2: all 25 error events within {late_s * 1e3:.0f} ms")
+
+        fleet.play(story)
+        outcomes = fleet.check_ledger()
+        assert outcomes == {"completed": 75, "failed: error event": 25, "failed: 503": 1}
+
+
+def test_g3_an_expert_that_comes_back_is_used_again_without_a_herd(tmp_path: Path) -> None:
+    with scene(tmp_path, {"code": 4}, {"ttft_s": 0.2}) as fleet:
+
+        async def story(client: Client) -> None:
+            stop = asyncio.Event()
+
+            async def user() -> None:
+                while not stop.is_set():
+                    await client.complete("code", max_tokens=2)
+
+            users = [asyncio.create_task(user()) for _ in range(40)]
+            await asyncio.sleep(1)
+            await asyncio.to_thread(fleet.experts["code"][2].kill)
+            await asyncio.sleep(1.5)
+            back_s = asyncio.get_running_loop().time()
+            await asyncio.to_thread(fleet.restart, "code", 2)
+            fresh = fleet.experts["code"][2]
+            took_s = await until(lambda: fresh.state()["prompts"] > 1)
+            print(f"G3: in rotation {asyncio.get_running_loop().time() - back_s:.2f} s after its start")
+            assert took_s < 4.0
+            await asyncio.sleep(2)
+            stop.set()
+            await asyncio.gather(*users)
+
+        fleet.play(story)
+        assert fleet.check_ledger()["completed"] > 100
+        starts = [line for line in fleet.expert_logs()["code-2"] if line["what"] == "start"]
+        first_s = next(
+            now["s"] for before, now in zip(starts, starts[1:], strict=False) if now["s"] - before["s"] > 1.0
+        )
+        everyone = [line["s"] for log in fleet.expert_logs().values() for line in log if line["what"] == "start"]
+        slow = range(1, 11)  # tenths of the first second
+        own = [sum(first_s <= line["s"] < first_s + tenth / 10 for line in starts) for tenth in slow]
+        total = [sum(first_s <= s < first_s + tenth / 10 for s in everyone) for tenth in slow]
+        print(f"G3: {own[-1]} of {total[-1]} requests in its first second")
+        assert own[-1] <= total[-1] / 4 + 5
+
+
+def test_g4_a_stalled_expert_is_left_before_its_first_byte_and_reported_after(tmp_path: Path) -> None:
+    timeouts = {"first_byte_s": 0.6, "idle_s": 0.8}
+    with scene(tmp_path, {"code": 2}, {"itl_s": 0.05}, timeouts=timeouts) as fleet:
+
+        async def story(client: Client) -> None:
+            streams = [asyncio.create_task(client.complete("code", max_tokens=100)) for _ in range(10)]
+            await asyncio.sleep(0.6)
+            stalled, other = fleet.experts["code"]
+            stalled.signal(signal.SIGSTOP)
+            early = await asyncio.gather(*(client.complete("code", max_tokens=2) for _ in range(4)))
+            replies = await asyncio.gather(*streams)
+            for reply in early:
+                assert reply.outcome == "completed"
+                assert reply.headers["x-expert-router-replica"] == "1"
+                assert reply.took_s < 0.6 + 1.0
+            for reply in replies:
+                if reply.headers["x-expert-router-replica"] == "0":
+                    assert (reply.errors, reply.is_done) == (1, True)
+                    silence_s = reply.ended_s - reply.times_s[-2]
+                    assert 0.7 < silence_s < 0.8 + 0.5
+                else:
+                    assert reply.outcome == "completed"
+            before = other.state()["prompts"]
+            assert (await client.complete("code", max_tokens=2)).headers["x-expert-router-replica"] == "1"
+            assert other.state()["prompts"] == before + 1
+            assert fleet.gateway.total("ejections_total", replica="0") >= 1
+            stalled.signal(signal.SIGCONT)
+
+            async def answered_by_it() -> bool:
+                reply = await client.complete("code", max_tokens=2)
+                return reply.headers.get("x-expert-router-replica") == "0"
+
+            loop = asyncio.get_running_loop()
+            back_s = loop.time()
+            while not await answered_by_it():
+                await asyncio.sleep(0.05)
+                assert loop.time() - back_s < 6
+            print(f"G4: back {loop.time() - back_s:.2f} s after SIGCONT")
+
+        fleet.play(story)
+        fleet.check_ledger()
+
+
+def test_g5_never_a_retry_after_a_byte_and_one_elsewhere_before(tmp_path: Path) -> None:
+    with scene(tmp_path, {"code": 3}) as fleet:
+
+        async def story(client: Client) -> None:
+            replies = [await client.complete("code", mock={"cut_after": 1}) for _ in range(3)]
+            assert {reply.outcome for reply in replies} == {"failed: error event"}
+            assert sum(expert.state()["prompts"] for expert in fleet.all) == 3
+            fleet.experts["code"][0].behave(cut_after=0)
+            replies = [await client.complete("code") for _ in range(3)]
+            assert {reply.outcome for reply in replies} == {"completed"}
+
+        fleet.play(story)
+        assert fleet.check_ledger() == {"failed: error event": 3, "completed": 3}
+        places: dict[str, list[str]] = {}
+        for name, log in fleet.expert_logs().items():
+            for line in log:
+                if line["what"] == "start":
+                    places.setdefault(line["id"], []).append(name)
+        assert all(len(set(where)) == len(where) <= 2 for where in places.values())
+
+
+def test_g5_retries_keep_to_their_budget(tmp_path: Path) -> None:
+    with scene(tmp_path, {"code": 2}, {"status": 500}) as fleet:
+
+        async def story(client: Client) -> None:
+            for expert in fleet.all:
+                expert.behave(status=500)
+            replies = await asyncio.gather(*(client.complete("code") for _ in range(200)))
+            assert {reply.status for reply in replies} <= {500, 503}
+            prompts = sum(expert.state()["prompts"] for expert in fleet.all)
+            retries = fleet.gateway.total("retries_total")
+            print(f"G5: {retries:.0f} retries of 200 requests, {prompts} prompts")
+            assert prompts <= 200 + retries
+            assert retries <= 20
+
+        fleet.play(story)
+        fleet.check_ledger()
+
+
+def test_g6_a_storm_of_4xx_ejects_nobody(tmp_path: Path) -> None:
+    with scene(tmp_path) as fleet:
+
+        async def story(client: Client) -> None:
+            direct = Client(fleet.experts["code"][0].port)
+            expected = await direct.complete("code", max_tokens=0)
+            direct.close()
+
+            async def user() -> None:
+                for _ in range(50):
+                    reply = await client.complete("code", max_tokens=0)
+                    assert (reply.status, reply.body) == (400, expected.body)
+
+            await asyncio.gather(*(user() for _ in range(20)))
+            assert (await client.complete("code")).outcome == "completed"
+            assert fleet.gateway.total("ejections_total") == 0
+            assert fleet.gateway.total("requests_total", outcome="client_error") == 1000
+
+        fleet.play(story)
+
+
+@pytest.mark.parametrize(
+    ("fault", "outcome"),
+    [
+        ({"end_after": 3}, "no_done"),
+        ({"error_after": 3}, "expert_error"),
+        ({"cut_after": 3}, "reset"),
+        ({"status": 500}, "expert_error"),
+    ],
+)
+def test_an_answer_never_ends_in_silence(tmp_path: Path, fault: dict[str, int], outcome: str) -> None:
+    with scene(tmp_path) as fleet:
+
+        async def story(client: Client) -> None:
+            reply = await client.complete("code", mock=fault)
+            assert reply.end == "clean"
+            if "status" in fault:
+                assert reply.status == 500
+            else:
+                assert (reply.errors, reply.is_done) == (1, True)
+                assert reply.body.count(b'"text"') == 3
+
+        fleet.play(story)
+        fleet.check_ledger()
+        assert [line["outcome"] for line in fleet.gateway_log()] == [outcome]
+
+
+def test_a_cut_answer_that_is_no_stream_is_cut_for_the_client_too(tmp_path: Path) -> None:
+    with scene(tmp_path) as fleet:
+
+        async def story(client: Client) -> None:
+            whole = await client.complete("code", stream=False, mock={"cut_after": 0})
+            assert (whole.status, whole.json["error"]["code"]) == (502, 502)
+
+        fleet.play(story)
+
+
+def test_the_longest_time_for_an_answer_is_kept(tmp_path: Path) -> None:
+    with scene(tmp_path, behaviour={"itl_s": 0.05}, timeouts={"total_s": 1.0}) as fleet:
+
+        async def story(client: Client) -> None:
+            reply = await client.complete("code", max_tokens=1000)
+            assert (reply.errors, reply.is_done) == (1, True)
+            assert 0.9 < reply.took_s < 2
+
+        fleet.play(story)
+        assert [line["outcome"] for line in fleet.gateway_log()] == ["total_timeout"]

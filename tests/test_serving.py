@@ -1,0 +1,282 @@
+"""A fleet is started, kept running and stopped whole; stand-ins take the places of vLLM and the gateway."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import real.supervisor
+from real.checkpoints import Checkpoint
+from real.expert_server import EngineFailedError, ExpertServer
+from real.guarded_process import child_environment
+from real.serving import STATE_FILE, RunningFleet, read_state, serving
+from sim.cli import main
+from sim.fleet_file import FleetFileError, LoadedFleetFile, parse_fleet
+from tests.kit.process_tree import becomes_true, child_named, is_alive, processes_of_group
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="guards adopt orphans on Linux only")
+
+STAND_INS = Path(__file__).parent / "kit" / "stand_ins"
+
+FILE = """
+x-engine: &engine {max_model_len: 2048, block_size: 128, num_gpu_blocks_override: 33, async_scheduling: false}
+workload:
+  classes:
+    code: {prompt_tokens: 20, output_tokens: 5}
+    chat: {prompt_tokens: 20, output_tokens: 5}
+  load: {kind: closed_loop, users: 1}
+fleets:
+  routed:
+    router: {}
+    experts:
+      code: {model: laptop-37m, gpu: CPU, engine: *engine}
+      chat: {model: laptop-16m, gpu: CPU, replicas: 2, engine: *engine}
+  direct:
+    experts:
+      code: {model: laptop-37m, gpu: CPU, engine: *engine}
+"""
+
+
+@pytest.fixture(autouse=True)
+def stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(STAND_INS))
+    monkeypatch.setenv("STAND_IN_FAILS", str(tmp_path / "fails"))
+    checkpoint = Checkpoint(place="/models/m", random_weights=True, told="random weights")
+    monkeypatch.setattr("real.serving.find_checkpoint", lambda name, expert: checkpoint)
+    command = [sys.executable, str(STAND_INS / "stand_in_gateway.py")]
+    monkeypatch.setattr(RunningFleet, "_gateway_command", lambda fleet: command)
+    monkeypatch.setattr(real.supervisor, "FIRST_WAIT_S", 0.05)
+
+
+@pytest.fixture
+def file(unused_ports: Callable[[int], int]) -> LoadedFleetFile:
+    first = unused_ports(5)
+    serve = f"serve: {{expert_port: {first}, port: {first + 3}, metrics_port: {first + 4}, drain_s: 5}}\n"
+    return parse_fleet(FILE + serve)
+
+
+@pytest.fixture
+def unused_ports() -> Callable[[int], int]:
+    from real.expert_server import port_is_free
+
+    def find(count: int) -> int:
+        for first in range(23000 + os.getpid() % 1000 * 8, 60000, 8):
+            if all(port_is_free(port) for port in range(first, first + count)):
+                return first
+        raise AssertionError("no ports are free")
+
+    return find
+
+
+def groups_of(fleet: RunningFleet) -> list[int]:
+    return [each.service.pid for each in fleet.supervisor.watched if each.service.pid is not None]
+
+
+def nobody_is_left(groups: list[int]) -> bool:
+    return becomes_true(lambda: not any(processes_of_group(group) for group in groups), 15)
+
+
+def test_a_fleet_serves_while_the_block_runs_and_nothing_is_left_after_it(
+    file: LoadedFleetFile, tmp_path: Path
+) -> None:
+    told: list[str] = []
+    with serving(file, "routed", logs=tmp_path, tell=told.append) as fleet:
+        groups = groups_of(fleet)
+        assert len(groups) == 4
+        assert fleet.url == f"http://127.0.0.1:{file.serve.port}"
+        assert [(address.expert, address.replica) for address in fleet.replicas] == [
+            ("code", 0),
+            ("chat", 0),
+            ("chat", 1),
+        ]
+        assert list(fleet.replica_urls) == ["code", "chat"]
+        state = read_state(tmp_path)
+        assert state is not None
+        assert [replica["state"] for replica in state["replicas"]] == ["ready"] * 3
+        assert (state["gateway"]["state"], state["url"]) == ("ready", fleet.url)
+        assert all(is_alive(child_named(group, "sleep(600)")) for group in groups[:3])
+    assert nobody_is_left(groups)
+    assert read_state(tmp_path) is None
+    assert {path.name for path in tmp_path.glob("*.log")} == {"code-0.log", "chat-0.log", "chat-1.log", "gateway.log"}
+    assert (tmp_path / "gateway.log").read_text().endswith("draining\ndrained\n")
+    assert any(line.startswith("gateway: ready after") for line in told)
+
+
+def test_a_fleet_without_a_router_is_its_expert(file: LoadedFleetFile, tmp_path: Path) -> None:
+    with serving(file, "direct", logs=tmp_path) as fleet:
+        assert fleet.url == fleet.replicas[0].url
+        report = fleet.servers[0].report
+        assert report is not None
+        assert (report.num_gpu_blocks, report.block_size, report.max_model_len) == (33, 128, 2048)
+        assert fleet.servers[0].differences() == []
+
+
+def test_without_the_gateway_the_experts_are_talked_to(file: LoadedFleetFile, tmp_path: Path) -> None:
+    with serving(file, "routed", logs=tmp_path, gateway=False) as fleet:
+        assert fleet.url == fleet.replicas[0].url
+        assert len(groups_of(fleet)) == 3
+
+
+@pytest.mark.parametrize("victim", ["api_server", "guard"])
+def test_what_is_killed_is_started_again(file: LoadedFleetFile, tmp_path: Path, victim: str) -> None:
+    told: list[str] = []
+    with serving(file, "routed", logs=tmp_path, tell=told.append) as fleet:
+        server = fleet.servers[1]
+        group = server.pid
+        assert group is not None
+        os.kill(group if victim == "guard" else child_named(group, "vllm.entrypoints"), signal.SIGKILL)
+        watched = fleet.supervisor.experts[1]
+        assert becomes_true(lambda: watched.restarts == 1 and watched.state == "ready", 15)
+        assert nobody_is_left([group])
+        assert server.is_ready()
+        assert any("chat/0: it was killed (signal 9)" in line and "Starting it again" in line for line in told), told
+        assert any(line.startswith("chat/0: serves again after") for line in told)
+        assert fleet.supervisor.failure is None
+
+
+def test_a_gateway_that_is_killed_is_started_again(file: LoadedFleetFile, tmp_path: Path) -> None:
+    with serving(file, "routed", logs=tmp_path) as fleet:
+        gateway = fleet.supervisor.gateway
+        assert gateway is not None
+        assert gateway.service.pid is not None
+        os.kill(child_named(gateway.service.pid, "stand_in_gateway"), signal.SIGKILL)
+        assert becomes_true(lambda: gateway.restarts == 1 and gateway.state == "ready", 15)
+
+
+def test_what_dies_too_often_stays_down(file: LoadedFleetFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(real.supervisor, "RESTARTS", 2)
+    told: list[str] = []
+    with serving(file, "direct", logs=tmp_path, tell=told.append) as fleet:
+        (tmp_path / "fails").write_text("ValueError: the disk is on fire")
+        group = fleet.servers[0].pid
+        assert group is not None
+        os.kill(child_named(group, "vllm.entrypoints"), signal.SIGKILL)
+        assert fleet.supervisor.wait(20)
+        assert fleet.supervisor.failure == "code/0 could not be kept running"
+        assert any("the disk is on fire" in line and "died 3 times" in line for line in told), told
+
+
+def test_a_start_that_fails_stops_everything_and_says_why(file: LoadedFleetFile, tmp_path: Path) -> None:
+    (tmp_path / "fails").write_text("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB")
+    fleet = RunningFleet(file, "routed", logs=tmp_path)
+    with pytest.raises(
+        EngineFailedError, match=r"code/0: the model is too large .*out of memory.*; log: .*code-0\.log"
+    ):
+        fleet.start()
+    assert nobody_is_left(groups_of(fleet))
+    fleet.stop()
+
+
+def test_a_start_that_takes_too_long_is_given_up(
+    file: LoadedFleetFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STAND_IN_START_S", "60")
+    with (
+        pytest.raises(EngineFailedError, match=r"code/0: no answer after 1 s \(LlamaForCausalLM\)|\(starting\)"),
+        serving(file, "direct", logs=tmp_path, limit_s=1),
+    ):
+        pass
+
+
+def test_a_port_in_use_is_said_before_anything_starts(file: LoadedFleetFile, tmp_path: Path) -> None:
+    with serving(file, "direct", logs=tmp_path / "first"):
+        fleet = RunningFleet(file, "routed", logs=tmp_path / "second")
+        with pytest.raises(EngineFailedError, match=rf"port {file.serve.expert_port} is in use; set serve.expert_port"):
+            fleet.start()
+        assert groups_of(fleet) == []
+        fleet.stop()
+
+
+def test_a_fleet_that_is_not_there(file: LoadedFleetFile, tmp_path: Path) -> None:
+    with pytest.raises(FleetFileError, match="no fleet 'routd' in the file, did you mean 'routed'"):
+        RunningFleet(file, "routd", logs=tmp_path)
+    with pytest.raises(FleetFileError, match="several fleets, name one with --fleet: routed, direct"), serving(file):
+        pass
+
+
+def test_an_unready_server_is_not_ready(file: LoadedFleetFile, tmp_path: Path) -> None:
+    fleet = RunningFleet(file, "direct", logs=tmp_path)
+    server: ExpertServer = fleet.servers[0]
+    server.start()
+    stages: list[str] = []
+    report = server.wait_until_ready(30, stages.append)
+    assert report.version == "0.0.stand-in"
+    server.stop()
+    assert not server.is_running
+    fleet.stop()
+
+
+# -------------------------------------------------------------------------------------------------------- the command
+
+COMMAND = """
+import sys
+from real.checkpoints import Checkpoint
+import real.serving
+real.serving.find_checkpoint = lambda name, expert: Checkpoint(place="/m", random_weights=True, told="random weights")
+real.serving.RunningFleet._gateway_command = lambda fleet: [sys.executable, {gateway!r}]
+from sim.cli import main
+main()
+"""
+
+
+@pytest.fixture
+def command(file: LoadedFleetFile, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """``expert-router serve`` in a process of its own, up and running, and the groups of its processes."""
+    path = tmp_path / "fleet.yaml"
+    path.write_text(FILE + f"serve: {file.serve.model_dump_json()}\n")
+    script = tmp_path / "command.py"
+    script.write_text(COMMAND.format(gateway=str(STAND_INS / "stand_in_gateway.py")))
+    words = [sys.executable, str(script), "serve", str(path), "--fleet", "routed", "--logs", str(tmp_path / "logs")]
+    with subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=child_environment({"COLUMNS": "150"}),
+        start_new_session=True,
+    ) as process:
+        state = tmp_path / "logs" / STATE_FILE
+        up = becomes_true(
+            lambda: state.is_file() and (json.loads(state.read_text())["gateway"] or {}).get("state") == "ready", 30
+        )
+        if not up:
+            process.kill()
+            pytest.fail(process.communicate()[0])
+        running = json.loads(state.read_text())
+        yield process, [each["pid"] for each in [*running["replicas"], running["gateway"]]]
+        process.kill()
+
+
+def test_ctrl_c_drains_and_leaves_nothing(command: tuple[subprocess.Popen[str], list[int]], tmp_path: Path) -> None:
+    process, groups = command
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == 0, output
+    assert nobody_is_left(groups)
+    assert "fleet 'routed' at http://127.0.0.1" in output
+    assert "curl http://127.0.0.1" in output
+    assert "stopping: answers in flight may finish" in output
+    assert (tmp_path / "logs" / "gateway.log").read_text().endswith("drained\n")
+
+
+def test_a_supervisor_that_is_killed_leaves_nothing(command: tuple[subprocess.Popen[str], list[int]]) -> None:
+    process, groups = command
+    assert all(processes_of_group(group) for group in groups)
+    process.kill()
+    assert nobody_is_left(groups)
+
+
+def test_a_mistake_in_the_file_is_one_line_and_starts_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "fleet.yaml"
+    path.write_text(FILE)
+    result = CliRunner().invoke(main, ["serve", str(path), "--logs", str(tmp_path / "logs")])
+    assert result.exit_code == 2
+    assert result.stderr == "the file has several fleets, name one with --fleet: routed, direct\n"
