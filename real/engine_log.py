@@ -3,7 +3,10 @@
 import re
 from dataclasses import dataclass
 
-_PREFIX = re.compile(r"^(?:\(\w[\w-]* pid=\d+\) )?(?:(?:INFO|WARNING|ERROR|CRITICAL) [\d-]+ [\d:]+ \[[\w.]+:\d+\] ?)?")
+_PREFIX = re.compile(
+    r"^(?:\(\w[\w-]* pid=\d+\) )?"
+    r"(?:(?:INFO|WARNING|ERROR|CRITICAL) [\d-]+ [\d:]+ (?:\d+\.\d+ )?\[[\w.]+:\d+\] ?)?"
+)
 
 _STAGES = (
     (re.compile(r"Application startup complete"), "ready"),

@@ -13,6 +13,7 @@ from real.checkpoints import Checkpoint
 from real.cores import Placement, runs_on_cpu, why_not_on_this_cpu
 from real.engine_log import EngineReport, diagnose, has_failed, read_report, stage
 from real.guarded_process import GuardedProcess, LifeLine, child_environment
+from real.iteration_log import LOGGING_CONFIG_VARIABLE, write_logging_config
 from sim.catalogue import find_quantization
 from sim.fleet import EngineSettings
 from sim.resolve import budget_of, engine_settings
@@ -27,6 +28,8 @@ STOP_GRACE_S = 15.0
 """How long an engine may take to end when asked."""
 
 _POLL_S = 0.25
+
+_LOGGING_FILE = "vllm-logging.json"
 
 _FAILED_GRACE_S = 10.0  # in which an API server whose engine failed ends of itself, unless it hangs
 
@@ -117,7 +120,7 @@ def server_command(plan: ReplicaPlan) -> list[str]:
         "host": LOOPBACK,
         "port": plan.port,
         "load-format": "dummy" if plan.checkpoint.random_weights else "auto",
-        "dtype": "auto",
+        "dtype": spec.engine.dtype,
         "tensor-parallel-size": spec.tensor_parallel_size,
         "max-model-len": settings.max_model_len,
         "max-num-seqs": settings.max_num_seqs,
@@ -190,11 +193,14 @@ class ExpertServer:
         self.started_s: float | None = None
         self.report: EngineReport | None = None
         self._failed_s: float | None = None
+        environment = server_environment(plan)
+        if plan.log_iterations:
+            environment[LOGGING_CONFIG_VARIABLE] = str((logs / _LOGGING_FILE).resolve())
         self._process = GuardedProcess(
             server_command(plan),
             log=logs / f"{plan.expert}-{plan.replica}.log",
             life=life,
-            environment=server_environment(plan),
+            environment=environment,
             cores=plan.placement.cores,
         )
 
@@ -207,6 +213,11 @@ class ExpertServer:
     def url(self) -> str:
         """Where it listens."""
         return self.plan.address.url
+
+    @property
+    def command(self) -> list[str]:
+        """The command line of the server."""
+        return self._process.command
 
     @property
     def log(self) -> Path:
@@ -235,6 +246,9 @@ class ExpertServer:
             )
         self.report = None
         self._failed_s = None
+        if self.plan.log_iterations:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            write_logging_config(self.log.parent / _LOGGING_FILE)
         self.started_s = time.monotonic()
         self._process.start()
 

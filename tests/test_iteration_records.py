@@ -25,7 +25,8 @@ def recording(letter: str) -> tuple[EngineSettings, list[IterationLine], list[Se
     settings = content["settings"]
     prompts = [request["prompt_tokens"] for request in content["requests"]]
     computed, outputs = [0] * len(prompts), [0] * len(prompts)
-    lines, kv_read, first_s = [], [], [0.0] * len(prompts)
+    lines: list[IterationLine] = []
+    kv_read, first_s = [], [0.0] * len(prompts)
     for iteration in content["iterations"]:
         for number in iteration["preempted"]:
             computed[number] = 0
@@ -43,7 +44,8 @@ def recording(letter: str) -> tuple[EngineSettings, list[IterationLine], list[Se
                 if outputs[number] == 1:
                     first_s[number] = len(lines) + 1.5
         if iteration["scheduled"]:
-            lines.append(IterationLine(0, len(lines), len(lines) + 1.0, *counts, elapsed_s=0.9, kv_usage=None))
+            first, second, third, fourth = counts
+            lines.append(IterationLine(0, len(lines), len(lines) + 1.0, first, second, third, fourth, 0.9, None))
             kv_read.append(read)
     sent = [
         SentRequest(
