@@ -90,7 +90,7 @@ def measure_expert(
     """
     measured = MeasurementFolder(folder)
     budget_s = 60 * minutes
-    if measured.meta is not None and measured.meta.measured_s >= budget_s:
+    if measured.meta is not None and measured.meta.complete_minutes >= minutes:
         return Outcome(measured=measured, complete=True)
     for attempt in range(MOST_RESTARTS + 1):
         progress(_seconds(measured), f"{name}: starting the engine")
@@ -104,6 +104,7 @@ def measure_expert(
             measured.begin(_meta(spec, engine, lengths, command))
             session = _Session(name, spec, engine, measured, lengths, budget_s, progress)
             asyncio.run(session.run())
+            measured.note_complete(minutes)
             if afterwards is not None:
                 afterwards(engine)
             return Outcome(measured=measured, complete=True)

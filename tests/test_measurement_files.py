@@ -71,6 +71,7 @@ def test_what_was_added_is_there_again(tmp_path: Path) -> None:
     assert again.meta == measured.meta
     assert again.meta is not None
     assert again.meta.measured_s == 5.0
+    assert again.meta.complete_minutes == 0
     pd.testing.assert_frame_equal(again.iterations, measured.iterations)
     pd.testing.assert_frame_equal(again.requests, measured.requests)
 
