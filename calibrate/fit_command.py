@@ -9,7 +9,8 @@ import click
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from calibrate.fit import Calibration, EngineGroup
+    from calibrate.fit import Calibration
+    from calibrate.parameters import EngineGroup
     from calibrate.profiles import ExpertKey
 
 
@@ -51,10 +52,12 @@ def fit_command(
     Prints every parameter with its interval, the errors on experiments left out of the fit, what was not used and why,
     and what to measure next.
     """
-    from calibrate.fit import fit, group_of_version, held_out_errors
+    from calibrate.fit import fit
     from calibrate.fit_report import print_fit, print_suggestions
+    from calibrate.held_out import held_out_errors
     from calibrate.measured_runs import MeasurementError, read_measured_runs
     from calibrate.next_measurements import candidate_points, knowledge, suggest
+    from calibrate.parameters import group_of_version
     from calibrate.profiles import expert_key, find_held_out_errors, make_profile, provenance_of, write_profiles
     from calibrate.profiles import llama_family as llama_experts
 

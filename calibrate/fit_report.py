@@ -9,8 +9,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from calibrate.fit import CONFIDENCE, Calibration, EngineGroup, Estimate, HeldOut, Observation
+from calibrate.fit import CONFIDENCE, Calibration
+from calibrate.held_out import HeldOut
 from calibrate.next_measurements import OUTPUT_TOKENS, PROMPT_TOKENS, Knowledge, Suggestion
+from calibrate.observations import Observation
+from calibrate.parameters import EngineGroup, Estimate
 from calibrate.run_engine import shape_of
 
 UNITS = {

@@ -7,16 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from calibrate.fit import (
-    CORRECTIONS,
-    OVERHEADS,
-    Calibration,
-    EngineGroup,
-    Estimate,
-    HeldOut,
-    held_out_errors,
-)
+from calibrate.fit import Calibration
+from calibrate.held_out import HeldOut, held_out_errors
 from calibrate.measured_runs import MeasuredRun
+from calibrate.parameters import CORRECTIONS, OVERHEADS, EngineGroup, Estimate
 from calibrate.run_engine import shape_of
 from sim.catalogue import find_gpu, find_model, find_quantization
 from sim.factors import Factors

@@ -265,7 +265,7 @@ def _prompt_std(run: MeasuredRun, notes: list[str]) -> float:
 
 
 def _drawn(mean: float, std: float, n: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    return np.maximum(np.rint(rng.normal(mean, std, n)), 1).astype(np.int64)
+    return np.asarray(np.maximum(np.rint(rng.normal(mean, std, n)), 1), np.int64)
 
 
 def _lognormal(mean: float, cv: float, longest: int, normal: NDArray[np.float64]) -> NDArray[np.int64]:

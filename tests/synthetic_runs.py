@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from calibrate.fit import CORRECTIONS, OVERHEADS, group_of_version, observe, overhead_columns
 from calibrate.measured_runs import MeasuredRun
+from calibrate.observations import observe
+from calibrate.parameters import CORRECTIONS, OVERHEADS, group_of_version, overhead_columns
 from sim.catalogue import find_gpu, find_model, find_quantization
 from sim.factors import OverheadFactors
 from sim.roofline import Corrections, Roofline

@@ -5,22 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibrate.fit import (
-    ASYNCHRONOUS,
-    CORRECTIONS,
-    NOISE,
-    OVERHEADS,
-    PRIOR_SPREAD,
-    SYNCHRONOUS,
-    Calibration,
-    Estimate,
-    fit,
-    group_of_version,
-    held_out_errors,
-    leave_one_out,
-    observe,
-)
+from calibrate.fit import NOISE, PRIOR_SPREAD, Calibration, fit
+from calibrate.held_out import held_out_errors, leave_one_out
 from calibrate.measured_runs import MeasuredRun
+from calibrate.observations import observe
+from calibrate.parameters import ASYNCHRONOUS, CORRECTIONS, OVERHEADS, SYNCHRONOUS, Estimate, group_of_version
 from calibrate.predictor import CannotPredictError
 from sim.factors import packaged_factors
 from sim.service_curve import IterationWork

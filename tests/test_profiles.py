@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calibrate.fit import ASYNCHRONOUS, CORRECTIONS, OVERHEADS, SYNCHRONOUS, Calibration, fit
+from calibrate.fit import Calibration, fit
 from calibrate.measured_runs import MeasuredRun
+from calibrate.parameters import ASYNCHRONOUS, CORRECTIONS, OVERHEADS, SYNCHRONOUS
 from calibrate.profiles import (
     ExpertKey,
     HeldOutErrors,
