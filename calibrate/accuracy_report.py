@@ -26,6 +26,7 @@ from calibrate.replay import REGIME_RULES, REGIMES
 from calibrate.run_engine import gpu_of_run
 from calibrate.validate import COVERAGE, ErrorRow, Validation
 from sim.plots import COLOURS, GREY, MARKERS, STYLE, save_picture
+from sim.profile import ASSUMED_ERROR_GROWTH
 
 PICTURE = "accuracy.png"
 BAND = 0.1
@@ -126,8 +127,11 @@ def _page(validation: Validation, command: str, peers: Mapping[str, PeerFigure])
         yield _peer_text(peers)
     yield (
         f"The {COVERAGE:.0%} intervals are split-conformal: a prediction times and over the factor that holds the "
-        "errors of the same metric in at least that share of the *other* experiments, each weighted alike, dense and "
-        "mixture together. None is given where there are fewer than nine others."
+        "errors of the same metric in at least that share of the *other* experiments of its kind (dense, mixture), "
+        "each weighted alike. None is given where there are fewer than nine others. Where a run goes beyond the "
+        "batches, KV reads or chunks that its fit had seen, its interval is wider: with the largest of the three `d` "
+        f"doublings beyond, the logarithm of the factor is `1 + {ASSUMED_ERROR_GROWTH:g} d` times that inside, and "
+        "errors are compared in these units."
     )
     yield f"![Predicted against measured]({PICTURE})"
     yield (

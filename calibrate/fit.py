@@ -27,7 +27,9 @@ from calibrate.parameters import CORRECTIONS, GROUPS, OVERHEADS, EngineGroup, Es
 from calibrate.predictor import CannotPredictError, PredictedEngine
 from sim.factors import OverheadFactors, packaged_factors
 from sim.fleet import FrontEnd
+from sim.profile import ASSUMED_ERROR_GROWTH
 from sim.roofline import Corrections, default_front_end
+from sim.service_curve import CurveSource
 from sim.streams import stream
 
 PRIOR_SPREAD = {"matrix": 0.05, "kv_read": 0.1, "all_reduce": 0.3, "small_kernels": 0.3}
@@ -83,9 +85,22 @@ class Calibration:
         """
         group = group_of(run)
         label = f"fit without {run.exp}" if run.exp not in self.experiments else "fit, this experiment in it"
-        curve = build_curve(run, group, self.point_corrections(), self.point_overhead(group), label=label)
+        overhead = self.point_overhead(group)
+        curve = build_curve(run, group, self.point_corrections(), overhead, source=self.source(group, label))
         return PredictedEngine(
             curve=curve, front_end=self.front_end(group), async_scheduling=group.async_scheduling, label=label
+        )
+
+    def source(self, group: EngineGroup, label: str) -> CurveSource:
+        """Return what the curves of a group say of themselves: label, and the range of its observations."""
+        seen = [each for each in self.observations if each.group is group]
+        return CurveSource(
+            label=label,
+            detail=label,
+            max_decodes=round(max(each.decodes for each in seen)),
+            max_decode_kv_tokens=round(max(each.kv_tokens for each in seen)),
+            max_prefill_tokens=max(each.run.max_num_batched_tokens or 0 for each in seen),
+            error_growth_per_doubling=ASSUMED_ERROR_GROWTH,
         )
 
     def point_corrections(self) -> Corrections:

@@ -5,6 +5,7 @@ concurrency, plus each iteration's share of prefills.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from math import ceil, floor, isnan
 
 import numpy as np
@@ -43,6 +44,7 @@ class Observation:
     kv_tokens: float
 
 
+@cache
 def observe(run: MeasuredRun) -> Observation | str:
     """Return what a run says of iteration times, or why it says nothing usable."""
     if run.flag:
@@ -167,10 +169,10 @@ def build_curve(
     corrections: Corrections,
     overhead: OverheadFactors,
     *,
-    label: str = "fit",
     factors: Factors | None = None,
+    source: CurveSource | None = None,
 ) -> Roofline:
-    """Return the curve of a run's engine; ``factors`` as ``Roofline`` takes them.
+    """Return the curve of a run's engine; ``factors`` and ``source`` as ``Roofline`` takes them.
 
     Raises:
         CannotPredictError: see ``shape_of``.
@@ -189,5 +191,5 @@ def build_curve(
         factors=factors,
         overhead=overhead,
         corrections=corrections,
-        source=CurveSource(label=label, detail=label),
+        source=source,
     )

@@ -3,12 +3,13 @@
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from math import isnan
 from pathlib import Path
 
 import numpy as np
 
 from calibrate.fit import Calibration
-from calibrate.held_out import HeldOut, held_out_errors
+from calibrate.held_out import HeldOut, error_growth, held_out_errors
 from calibrate.measured_runs import MeasuredRun
 from calibrate.parameters import CORRECTIONS, OVERHEADS, EngineGroup, Estimate
 from calibrate.run_engine import shape_of
@@ -17,6 +18,7 @@ from sim.factors import Factors
 from sim.fleet import FrontEnd
 from sim.memory import engine_defaults, memory_budget
 from sim.profile import (
+    ASSUMED_ERROR_GROWTH,
     ExpertIdentity,
     FittedRange,
     FrontEndCosts,
@@ -135,11 +137,16 @@ def provenance_of(calibration: Calibration) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOutErrors:
-    """Errors on what a fit had not seen: experiments, or all runs on a GPU or of a model."""
+    """Errors on what a fit had not seen: experiments, or all runs on a GPU or of a model.
+
+    Attributes:
+        growth: ``error_growth`` of batches beyond the fitted range; NaN where it could not be measured.
+    """
 
     by_experiment: HeldOut
     by_gpu: HeldOut
     by_model: HeldOut
+    growth: float
 
     def like(self, key: ExpertKey, measured: Collection[ExpertKey]) -> tuple[HeldOut, str]:
         """Return the errors of predictions as far from any measurement as an expert's, and what they are of.
@@ -168,6 +175,7 @@ def find_held_out_errors(runs: Sequence[MeasuredRun], group: EngineGroup) -> Hel
         by_experiment=held_out_errors(runs, group),
         by_gpu=held_out_errors(runs, group, lambda run: shape_of(run)[2].name),
         by_model=held_out_errors(runs, group, lambda run: shape_of(run)[0].name),
+        growth=error_growth(runs, group),
     )
 
 
@@ -231,6 +239,7 @@ def make_profile(
             max_decodes=round(max(seen.decodes for seen, _ in told)),
             max_decode_kv_tokens=round(max(seen.kv_tokens for seen, _ in told)),
             max_prefill_tokens=max(seen.run.max_num_batched_tokens or 0 for seen, _ in told),
+            error_growth_per_doubling=ASSUMED_ERROR_GROWTH if isnan(held_out.growth) else round(held_out.growth, 2),
         ),
         front_end=FrontEndCosts(**{name: _digits(value) for name, value in asdict(front_end).items()}),
         provenance="; ".join(notes),

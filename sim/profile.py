@@ -10,6 +10,9 @@ from sim.service_curve import CurveSource, DecodePiece, IterationWork
 from sim.spec import EngineSpec
 from sim.spec_base import PositiveInt, Seconds, Spec
 
+ASSUMED_ERROR_GROWTH = 1.0
+"""Of a profile that does not say: about what fits to small batches of measured engines show on larger ones."""
+
 
 class ProfileError(ValueError):
     """A profile file that cannot be read; the message has one line per mistake, with file and field."""
@@ -87,11 +90,16 @@ class Residuals(Spec):
 
 
 class FittedRange(Spec):
-    """Largest work per iteration among the measurements; beyond it a prediction is an extrapolation."""
+    """Largest work per iteration among the measurements; beyond it a prediction is an extrapolation.
+
+    Its error there is taken as ``p90_absolute_error * (1 + error_growth_per_doubling * d)``, ``d`` the doublings from
+    the range to the work, the most of the three.
+    """
 
     max_decodes: PositiveInt
     max_decode_kv_tokens: PositiveInt
     max_prefill_tokens: Annotated[int, Field(ge=0)]
+    error_growth_per_doubling: Annotated[float, Field(ge=0, allow_inf_nan=False)] = ASSUMED_ERROR_GROWTH
 
 
 class FrontEndCosts(Spec):
@@ -144,6 +152,8 @@ def source_of(profile: Profile) -> CurveSource:
         max_decodes=profile.range.max_decodes,
         max_decode_kv_tokens=profile.range.max_decode_kv_tokens,
         max_prefill_tokens=profile.range.max_prefill_tokens,
+        error_p90=worth.p90_absolute_error,
+        error_growth_per_doubling=profile.range.error_growth_per_doubling,
     )
 
 

@@ -1,6 +1,7 @@
 """Raw measurements of one run, simulated or real: timestamps and counts, from which ``sim.metrics`` derives."""
 
 from dataclasses import dataclass, field
+from math import nan
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,8 @@ class ReplicaStats:
         front_end_utilization: share of the window in which the front-end process was busy.
         preemptions: in the window.
         iterations: in the window.
+        iteration_error: share of an iteration's time that 90 % of predictions are within, at the largest work it did.
+        range_widening: factor on that error for how far the work went beyond the curve's fitted range, 1 inside.
     """
 
     expert_index: int
@@ -78,6 +81,8 @@ class ReplicaStats:
     front_end_utilization: float
     preemptions: int
     iterations: int
+    iteration_error: float = nan
+    range_widening: float = nan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

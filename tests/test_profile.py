@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sim.profile import Profile, ProfileCurve, ProfileError, load_profile
-from sim.service_curve import IterationWork
+from sim.profile import ASSUMED_ERROR_GROWTH, Profile, ProfileCurve, ProfileError, load_profile
+from sim.service_curve import CurveSource, IterationWork
 
 
 def parameter(value: float) -> dict[str, float]:
@@ -108,6 +108,38 @@ def test_more_of_any_work_never_takes_less_time(work: IterationWork, field: str,
     curve = ProfileCurve(Profile.model_validate(document()))
     larger = work._replace(**{field: getattr(work, field) + more})
     assert curve.iteration_s(larger) >= curve.iteration_s(work)
+
+
+def source_with(**reach: Any) -> CurveSource:
+    text = document()
+    text["range"] |= {"error_growth_per_doubling": 1.5} | reach
+    return ProfileCurve(Profile.model_validate(text)).source
+
+
+def test_the_error_of_a_prediction_grows_with_every_doubling_beyond_the_range() -> None:
+    source = source_with()
+    assert source.error_p90 == 0.06
+    assert source.widening(256, 400_000, 8192) == 1
+    assert source.widening(512, 0, 0) == pytest.approx(1 + 1.5)
+    assert source.widening(1024, 0, 0) == pytest.approx(1 + 1.5 * 2)
+    assert source.widening(512, 3_200_000, 8192) == pytest.approx(1 + 1.5 * 3)
+    assert source.widening(1, 1, 16_384) == pytest.approx(1 + 1.5)
+
+
+@given(st.tuples(*[st.integers(0, 10_000_000)] * 3), st.integers(0, 2), st.integers(1, 1_000_000))
+def test_an_interval_never_narrows_with_more_work_and_widens_outside_the_range(
+    work: tuple[int, int, int], place: int, more: int
+) -> None:
+    source = source_with()
+    larger = [value + more * (index == place) for index, value in enumerate(work)]
+    assert source.widening(*larger) >= source.widening(*work) >= 1
+    reach = (source.max_decodes, source.max_decode_kv_tokens, source.max_prefill_tokens)
+    assert (source.widening(*work) > 1) == any(value > limit for value, limit in zip(work, reach, strict=True) if limit)
+
+
+def test_a_profile_that_does_not_say_takes_the_usual_growth() -> None:
+    source = ProfileCurve(Profile.model_validate(document())).source
+    assert source.widening(512, 0, 0) == 1 + ASSUMED_ERROR_GROWTH
 
 
 def test_source_carries_name_worth_and_range() -> None:

@@ -1,5 +1,6 @@
 import re
 from dataclasses import replace
+from math import isnan, nan
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from calibrate.profiles import (
     write_profiles,
 )
 from sim.catalogue import UnknownNameError
-from sim.profile import Profile, RooflineParameters, load_profile
+from sim.profile import ASSUMED_ERROR_GROWTH, Profile, RooflineParameters, load_profile
 from sim.resolve import packaged_profiles, profile_name, resolve_expert
 from sim.service_curve import IterationWork
 from sim.spec import ExpertSpec
@@ -125,6 +126,13 @@ def test_errors_are_of_predictions_as_far_from_a_measurement(
     )
 
 
+def test_a_profile_says_how_its_error_grows_beyond_the_range(calibration: Calibration, held_out: HeldOutErrors) -> None:
+    fitted = profile_of(calibration, held_out).range
+    assert fitted.error_growth_per_doubling == round(held_out.growth, 2)
+    unknown = replace(held_out, growth=nan)
+    assert profile_of(calibration, unknown).range.error_growth_per_doubling == ASSUMED_ERROR_GROWTH
+
+
 def test_what_stands_in_for_kernels_is_told(calibration: Calibration, held_out: HeldOutErrors) -> None:
     fp8 = profile_of(calibration, held_out, ("llama-3.1-8b", "fp8", "H100-SXM", 1))
     assert "predicted from its shape, fp8 from its kernels alone" in fp8.provenance
@@ -155,7 +163,9 @@ def test_experts_of_a_single_gpu_have_the_errors_of_experiments(runs: list[Measu
 
 
 def test_a_group_that_was_not_measured_has_no_profile(calibration: Calibration, runs: list[MeasuredRun]) -> None:
-    assert find_held_out_errors(runs, SYNCHRONOUS) == HeldOutErrors(by_experiment=[], by_gpu=[], by_model=[])
+    found = find_held_out_errors(runs, SYNCHRONOUS)
+    assert replace(found, growth=0.0) == HeldOutErrors(by_experiment=[], by_gpu=[], by_model=[], growth=0.0)
+    assert isnan(found.growth)
 
 
 @pytest.mark.parametrize(
