@@ -174,7 +174,12 @@ class Factors:
     def all_reduce(self, gpu: Gpu, tensor_parallel_size: int) -> AllReduceFactors:
         """All-reduce over this many GPUs; a size not measured (2, 4, 8 were) takes the next larger, at most 8."""
         size = next((size for size in (2, 4) if tensor_parallel_size <= size), 8)
-        return self._group(f"{self.architecture(gpu)}.all_reduce_tp{size}", AllReduceFactors)
+        return self._group(f"{self.link(gpu)}.all_reduce_tp{size}", AllReduceFactors)
+
+    @staticmethod
+    def link(gpu: Gpu) -> str:
+        """Return whose all-reduces a GPU takes: those over PCIe, or those of its architecture over NVLink."""
+        return "pcie" if gpu.linked_by_pcie else Factors.architecture(gpu)
 
     def elementwise(self, gpu: Gpu) -> ElementwiseFactors:
         """Element-wise kernels."""
