@@ -15,15 +15,24 @@ known noise and prior, which holds where few experiments tell of a parameter, or
 
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
-from math import isnan, nan
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
+from calibrate.front_end import front_end_delay_s
 from calibrate.measured_runs import MeasuredRun
-from calibrate.observations import Observation, build_curve, cold_share, observe, tail_tokens, with_chunk
-from calibrate.parameters import CORRECTIONS, GROUPS, OVERHEADS, EngineGroup, Estimate, group_of, overhead_columns
+from calibrate.observations import Observation, build_curve, observe
+from calibrate.parameters import (
+    CONFIDENCE,
+    CORRECTIONS,
+    GROUPS,
+    OVERHEADS,
+    EngineGroup,
+    Estimate,
+    group_of,
+    overhead_columns,
+)
 from calibrate.predictor import CannotPredictError, PredictedEngine
 from sim.factors import OverheadFactors, packaged_factors
 from sim.fleet import FrontEnd
@@ -32,10 +41,11 @@ from sim.roofline import Corrections, default_front_end
 from sim.service_curve import CurveSource
 from sim.streams import stream
 
-PRIOR_SPREAD = {"matrix": 0.05, "kv_read": 0.1, "all_reduce": 0.3, "small_kernels": 0.3}
-"""How far a correction may plausibly lie from 1: about the median errors of the kernel fits in sim/data/roofline.json
+PRIOR_SPREAD = {"matrix": 0.05, "kv_read": 0.1, "prefill_attention": 0.07, "all_reduce": 0.3, "small_kernels": 0.3}
+"""How far a correction may plausibly lie from 1: about the errors of the kernel fits in sim/data/roofline.json
 (matrix products and attention 4 to 11 %, all-reduces 1 to 16 % and fused or overlapped in some engines; small kernels
-were measured on other GPUs)."""
+were measured on other GPUs). Serving runs hardly tell of prefill attention, so its interval is that of the measured
+kernels: 7 % is the standard deviation of their logarithmic errors where pairs take more than half of the time."""
 NOISE = 0.03
 """Relative error of one measured stage: repeated experiments with one model differ by 1 to 3 %."""
 HUBER = 1.5
@@ -51,7 +61,6 @@ UNKNOWN_SPREAD = {
 standard deviation before any measurement; the fit itself has no such prior, for it forbids what this rules out: of two
 overheads that always occur together one far below zero, the other far above."""
 RESAMPLES = 200
-CONFIDENCE = 0.9
 _NORMAL_QUANTILE = 1.645  # of a normal distribution, for CONFIDENCE
 
 
@@ -62,7 +71,7 @@ class Calibration:
     Attributes:
         corrections: by name of CORRECTIONS.
         overheads: by engine group, then by name of OVERHEADS.
-        delays_s: front-end delay of a request by engine group; NaN where no TTFT was measured.
+        delays_s: front-end delay of a request by engine group, where a TTFT was measured.
         observations: what it was fitted to.
         experiments: their experiments.
         left_out: reason -> how many runs of the table could not be used for fitting.
@@ -71,7 +80,7 @@ class Calibration:
 
     corrections: dict[str, Estimate]
     overheads: dict[EngineGroup, dict[str, Estimate]]
-    delays_s: dict[EngineGroup, float]
+    delays_s: dict[EngineGroup, Estimate]
     observations: tuple[Observation, ...]
     experiments: tuple[str, ...]
     left_out: dict[str, int]
@@ -129,8 +138,8 @@ class Calibration:
     def front_end(self, group: EngineGroup) -> FrontEnd:
         """Return a group's front end: the packaged one with the group's delay where that was measured."""
         costs = asdict(default_front_end())
-        if not isnan(self.delays_s.get(group, nan)):
-            costs["delay_s"] = self.delays_s[group]
+        if group in self.delays_s:
+            costs["delay_s"] = self.delays_s[group].value
         return FrontEnd(**costs)
 
 
@@ -192,7 +201,12 @@ def fit(runs: Iterable[MeasuredRun], *, without: Collection[str] = (), resamples
         errors=errors,
     )
     for group in seen_groups:
-        calibration.delays_s[group] = _front_end_delay_s(calibration, group)
+        corrections, overhead = calibration.point_corrections(), calibration.point_overhead(group)
+        seen = [each for each in observations if each.group is group]
+        curves = [build_curve(each.run, group, corrections, overhead) for each in seen]
+        delay_s = front_end_delay_s(seen, curves, resamples=resamples)
+        if delay_s is not None:
+            calibration.delays_s[group] = delay_s
     return calibration
 
 
@@ -251,27 +265,3 @@ def solve(design: NDArray[np.float64], measured_s: NDArray[np.float64]) -> NDArr
 def huber_weights(errors: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return how much observations with these relative errors count, 1 unless they are beyond HUBER."""
     return HUBER / np.maximum(np.abs(errors) / NOISE, HUBER)
-
-
-def _front_end_delay_s(calibration: Calibration, group: EngineGroup) -> float:
-    """Return what the mean TTFT of a group's runs holds beyond iterations and the front end's work (median over runs).
-
-    With asynchronous scheduling the next iteration is already scheduled when a request arrives: it waits for half of
-    the one in flight on average and all of the next, then takes its own; synchronously it does not wait for the next.
-    """
-    costs = default_front_end()
-    delays_s = []
-    for seen in calibration.observations:
-        run = seen.run
-        if seen.group is not group or isnan(run.ttft_mean_s):
-            continue
-        curve = build_curve(run, group, calibration.point_corrections(), calibration.point_overhead(group))
-        batch, kv_tokens = max(1, round(seen.decodes)), round(seen.kv_tokens)
-        cold = cold_share(run)
-        own_s = (1 - cold) * curve.iteration_s(with_chunk(tail_tokens(), run.prompt_tokens_mean, batch, kv_tokens))
-        own_s += cold * curve.iteration_s(with_chunk(run.prompt_tokens_mean, run.prompt_tokens_mean, batch, kv_tokens))
-        waits = 1.5 if group.async_scheduling else 0.5
-        front_end_s = costs.per_request_s + costs.per_prompt_token_s * run.prompt_tokens_mean
-        front_end_s += costs.per_output_token_s * seen.decodes  # the tokens of its iteration
-        delays_s.append(run.ttft_mean_s - waits * seen.measured_s - own_s - front_end_s)
-    return max(0.0, float(np.median(delays_s))) if delays_s else nan

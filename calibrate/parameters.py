@@ -11,6 +11,10 @@ CORRECTIONS = tuple(field.name for field in fields(Corrections))
 OVERHEADS = tuple(field.name for field in fields(OverheadFactors))
 
 
+CONFIDENCE = 0.9
+"""Of the intervals of parameters."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineGroup:
     """Engine versions that are taken to add the same to their kernels."""

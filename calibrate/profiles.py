@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import isnan
 from pathlib import Path
 
@@ -11,11 +11,11 @@ import numpy as np
 from calibrate.fit import Calibration
 from calibrate.held_out import HeldOut, error_growth, held_out_errors
 from calibrate.measured_runs import MeasuredRun
+from calibrate.observations import Observation
 from calibrate.parameters import CORRECTIONS, OVERHEADS, EngineGroup, Estimate
-from calibrate.run_engine import shape_of
+from calibrate.run_engine import run_engine, shape_of
 from sim.catalogue import find_gpu, find_model, find_quantization
-from sim.factors import Factors
-from sim.fleet import FrontEnd
+from sim.factors import Factors, how_set
 from sim.memory import engine_defaults, memory_budget
 from sim.profile import (
     ASSUMED_ERROR_GROWTH,
@@ -28,6 +28,7 @@ from sim.profile import (
     RooflineParameters,
 )
 from sim.resolve import DEFAULT_MAX_MODEL_LEN, profile_name
+from sim.roofline import default_front_end
 from sim.spec import EngineSpec
 
 LLAMA_FAMILY = (
@@ -211,7 +212,6 @@ def make_profile(
     if key not in measured:
         notes.append(_never_measured(key, like_what, gpu_measured=any(gpu == other[2] for other in measured)))
     errors = np.array([error for _, error in told])
-    front_end: FrontEnd = calibration.front_end(group)
     estimates: dict[str, Estimate] = {**calibration.corrections, **calibration.overheads[group]}
     return Profile(
         name=profile_name(model, quantization, gpu, size, engine),
@@ -241,10 +241,49 @@ def make_profile(
             max_prefill_tokens=max(seen.run.max_num_batched_tokens or 0 for seen, _ in told),
             error_growth_per_doubling=ASSUMED_ERROR_GROWTH if isnan(held_out.growth) else round(held_out.growth, 2),
         ),
-        front_end=FrontEndCosts(**{name: _digits(value) for name, value in asdict(front_end).items()}),
+        front_end=front_end_costs(calibration, group),
+        assumptions=assumptions_of(calibration),
         provenance="; ".join(notes),
         licence=LICENCE,
     )
+
+
+def front_end_costs(calibration: Calibration, group: EngineGroup) -> FrontEndCosts:
+    """Return the front end of a group's profiles: the delay as fitted, the rest as the roofline assumes it."""
+    costs = {
+        name: Parameter(value=_digits(value), assumed=how_set(f"front_end.{name}"))
+        for name, value in asdict(default_front_end()).items()
+    }
+    if group in calibration.delays_s:
+        costs["delay_s"] = _rounded(calibration.delays_s[group])
+    return FrontEndCosts(**costs)
+
+
+def assumptions_of(calibration: Calibration) -> dict[str, str]:
+    """Return what every profile rests on that has no interval."""
+    found = {
+        "cuda_graph_padding": (
+            "batches are padded to the sizes that vLLM captures, and a graph replays the kernels of that size: padding "
+            "has no parameter of its own, only those of matrix and small_kernels"
+        )
+    }
+    errors = kv_block_errors(calibration.observations)
+    found["num_gpu_blocks"] = "computed by the memory model from datasheet and shape" + (
+        f", which differs by {min(errors):+.1%} to {max(errors):+.1%} from the {len(errors)} different engines of this "
+        "fit that tell theirs"
+        if errors
+        else "; no engine of this fit tells its own"
+    )
+    return found
+
+
+def kv_block_errors(observations: Iterable[Observation]) -> list[float]:
+    """Return by what share the memory model's KV blocks differ from those of engines that tell theirs, each once."""
+    engines = {(key_of(seen.run), seen.run.kv_blocks or 0): seen.run for seen in observations if seen.run.kv_blocks}
+    return [
+        run_engine(replace(run, kv_blocks=None)).num_kv_blocks / (blocks - 1) - 1
+        for (_, blocks), run in engines.items()
+    ]
 
 
 def _never_measured(key: ExpertKey, like_what: str, *, gpu_measured: bool) -> str:

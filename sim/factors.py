@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib import resources
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sim.catalogue import ComputeDtype, Gpu
 from sim.fleet import FrontEnd
@@ -215,6 +215,17 @@ class Factors:
 @cache
 def packaged_factors() -> Factors:
     """Return the factors shipped with the package."""
+    return Factors({name: entry["value"] for name, entry in _entries().items()})
+
+
+def how_set(name: str) -> str:
+    """Return how a packaged factor was set, such as ``"front_end.per_request_s"``."""
+    how: str = _entries()[name]["how"]
+    return how
+
+
+@cache
+def _entries() -> dict[str, Any]:
     text = resources.files("sim").joinpath("data", "roofline.json").read_text(encoding="utf-8")
-    entries = json.loads(text)["factors"]
-    return Factors({name: entry["value"] for name, entry in entries.items()})
+    entries: dict[str, Any] = json.loads(text)["factors"]
+    return entries

@@ -30,15 +30,21 @@ class ExpertIdentity(Spec):
 
 
 class Parameter(Spec):
-    """A fitted value and its 90 % interval."""
+    """A value and its 90 % interval, or, where it was not measured, ``assumed``: where it is from."""
 
     value: Seconds
-    low: Seconds
-    high: Seconds
+    low: Seconds | None = None
+    high: Seconds | None = None
+    assumed: Annotated[str, Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        if not self.low <= self.value <= self.high:
+        if self.low is None or self.high is None:
+            if self.low is not None or self.high is not None or self.assumed is None:
+                raise ValueError("either low and high are needed, or assumed with where the value is from")
+        elif self.assumed is not None:
+            raise ValueError("a value is measured, with low and high, or assumed, not both")
+        elif not self.low <= self.value <= self.high:
             raise ValueError(f"low <= value <= high must hold, got {self.low:g}, {self.value:g}, {self.high:g}")
         return self
 
@@ -65,6 +71,7 @@ class RooflineParameters(Spec):
     kind: Literal["roofline"] = "roofline"
     matrix: Parameter
     kv_read: Parameter
+    prefill_attention: Parameter
     all_reduce: Parameter
     small_kernels: Parameter
     per_iteration_s: Parameter
@@ -105,16 +112,16 @@ class FittedRange(Spec):
 class FrontEndCosts(Spec):
     """What a request and its tokens cost in the front end; see ``sim.fleet.FrontEnd``."""
 
-    delay_s: Seconds = 0.0
-    per_request_s: Seconds
-    per_prompt_token_s: Seconds
-    per_output_token_s: Seconds
+    delay_s: Parameter
+    per_request_s: Parameter
+    per_prompt_token_s: Parameter
+    per_output_token_s: Parameter
 
 
 class Profile(Spec):
     """A calibrated service curve with what it is worth."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     name: Annotated[str, Field(min_length=1)]
     expert: ExpertIdentity
     parameters: Annotated[TermParameters | RooflineParameters, Field(discriminator="kind")]
@@ -126,6 +133,9 @@ class Profile(Spec):
     front_end: FrontEndCosts | None = None
     num_gpu_blocks: Annotated[int, Field(ge=2)] | None = Field(
         None, description="KV blocks as the engine resolved them, its null block included"
+    )
+    assumptions: dict[str, str] = Field(
+        default={}, description="what is not a parameter and has no interval: where it is from, and what checks it"
     )
     provenance: Annotated[str, Field(min_length=1, description="data and command that made the file")]
     licence: Annotated[str, Field(min_length=1, description="terms of the measurements")]

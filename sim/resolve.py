@@ -5,7 +5,7 @@ cannot work.
 """
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -210,6 +210,7 @@ def engine_settings(spec: ExpertSpec) -> EngineSettings:
 
 def _front_end(spec: FrontEndSpec, profile: Profile | None) -> FrontEnd:
     """The front end's work: each figure from the file, else measured with the profile, else the roofline's."""
-    default = profile.front_end if profile is not None and profile.front_end is not None else default_front_end()
-    given = spec.model_dump(exclude_none=True)
-    return FrontEnd(**{name: given.get(name, getattr(default, name)) for name in FrontEndSpec.model_fields})
+    default = asdict(default_front_end())
+    if profile is not None and profile.front_end is not None:
+        default = {name: getattr(profile.front_end, name).value for name in default}
+    return FrontEnd(**(default | spec.model_dump(exclude_none=True)))

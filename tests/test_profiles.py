@@ -91,9 +91,41 @@ def test_intervals_are_ordered_and_of_four_digits(calibration: Calibration, held
     assert set(estimates) == {*CORRECTIONS, *OVERHEADS}
     for name, estimate in estimates.items():
         rounded = getattr(parameters, name)
+        assert rounded.low is not None
+        assert rounded.high is not None
         assert 0 <= rounded.low <= rounded.value <= rounded.high
         assert rounded.value == float(f"{estimate.value:.4g}")
         assert (rounded.low, rounded.high) == pytest.approx((estimate.low, estimate.high), rel=1e-3)
+
+
+def test_every_figure_of_a_profile_has_an_interval_or_says_that_it_was_assumed(
+    calibration: Calibration, held_out: HeldOutErrors
+) -> None:
+    profile = profile_of(calibration, held_out)
+    assert profile.front_end is not None
+    parameters = [
+        getattr(group, name)
+        for group in (profile.parameters, profile.front_end)
+        for name in type(group).model_fields
+        if name != "kind"
+    ]
+    assert len(parameters) == len(CORRECTIONS) + len(OVERHEADS) + 4
+    for parameter in parameters:
+        assert (parameter.low is None) == (parameter.high is None) == (parameter.assumed is not None)
+    assert "memory model" in profile.assumptions["num_gpu_blocks"]
+    assert "captures" in profile.assumptions["cuda_graph_padding"]
+
+
+def test_the_front_end_delay_has_the_interval_of_the_runs_ttft(runs: list[MeasuredRun]) -> None:
+    delays_s = np.random.default_rng(2).normal(0.006, 0.0005, len(runs))
+    plain = fit([replace(run, ttft_mean_s=1.0) for run in runs], resamples=0)
+    left_s = plain.delays_s[ASYNCHRONOUS].value
+    assert left_s < 1
+    measured = [replace(run, ttft_mean_s=1.0 - left_s + delay) for run, delay in zip(runs, delays_s, strict=True)]
+    found = fit(measured).delays_s[ASYNCHRONOUS]
+    assert found.low < found.value < found.high
+    assert found.high - found.low < 0.02
+    assert ASYNCHRONOUS not in fit(runs, resamples=0).delays_s
 
 
 @pytest.mark.parametrize(
