@@ -15,6 +15,7 @@ known noise and prior, which holds where few experiments tell of a parameter, or
 
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +35,7 @@ from calibrate.parameters import (
     overhead_columns,
 )
 from calibrate.predictor import CannotPredictError, PredictedEngine
-from sim.factors import OverheadFactors, packaged_factors
+from sim.factors import Factors, OverheadFactors, packaged_factors
 from sim.fleet import FrontEnd
 from sim.profile import ASSUMED_ERROR_GROWTH
 from sim.roofline import Corrections, default_front_end
@@ -76,6 +77,7 @@ class Calibration:
         experiments: their experiments.
         left_out: reason -> how many runs of the table could not be used for fitting.
         errors: relative errors of the fit on its own observations, shape (observations,).
+        factors: kernel efficiencies that the corrections are of; None: the packaged ones.
     """
 
     corrections: dict[str, Estimate]
@@ -85,6 +87,7 @@ class Calibration:
     experiments: tuple[str, ...]
     left_out: dict[str, int]
     errors: NDArray[np.float64]
+    factors: Factors | None = None
 
     def engine_of(self, run: MeasuredRun) -> PredictedEngine:
         """Return the engine of a run by its shape.
@@ -95,7 +98,8 @@ class Calibration:
         group = group_of(run)
         label = f"fit without {run.exp}" if run.exp not in self.experiments else "fit, this experiment in it"
         overhead = self.point_overhead(group)
-        curve = build_curve(run, group, self.point_corrections(), overhead, source=self.source(group, label))
+        source = self.source(group, label)
+        curve = build_curve(run, group, self.point_corrections(), overhead, factors=self.factors, source=source)
         return PredictedEngine(
             curve=curve, front_end=self.front_end(group), async_scheduling=group.async_scheduling, label=label
         )
@@ -143,7 +147,14 @@ class Calibration:
         return FrontEnd(**costs)
 
 
-def fit(runs: Iterable[MeasuredRun], *, without: Collection[str] = (), resamples: int = RESAMPLES) -> Calibration:
+def fit(
+    runs: Iterable[MeasuredRun],
+    *,
+    without: Collection[str] = (),
+    resamples: int = RESAMPLES,
+    kernels: Literal["V1", "V0"] = "V1",
+    factors: Factors | None = None,
+) -> Calibration:
     """Fit the parameters to measured runs.
 
     Args:
@@ -151,6 +162,8 @@ def fit(runs: Iterable[MeasuredRun], *, without: Collection[str] = (), resamples
             and counted.
         without: experiments to leave out, to be predicted by a fit that has not seen them.
         resamples: refits for the intervals; 0: no intervals, each is its value.
+        kernels: generation of engines to fit, see ``EngineGroup``; runs of the other are left out and counted.
+        factors: kernel efficiencies that the corrections are of; None: the packaged ones.
 
     Raises:
         ValueError: no run is left to fit to.
@@ -160,7 +173,9 @@ def fit(runs: Iterable[MeasuredRun], *, without: Collection[str] = (), resamples
     for run in runs:
         if run.exp in without:
             continue
-        found = observe(run)
+        found = observe(run, factors)
+        if not isinstance(found, str) and found.group.kernels != kernels:
+            found = f"{found.group.name}, other kernels: fitted apart"
         if isinstance(found, str):
             left_out[found] = left_out.get(found, 0) + 1
         else:
@@ -199,11 +214,12 @@ def fit(runs: Iterable[MeasuredRun], *, without: Collection[str] = (), resamples
         experiments=tuple(experiments),
         left_out=left_out,
         errors=errors,
+        factors=factors,
     )
     for group in seen_groups:
         corrections, overhead = calibration.point_corrections(), calibration.point_overhead(group)
         seen = [each for each in observations if each.group is group]
-        curves = [build_curve(each.run, group, corrections, overhead) for each in seen]
+        curves = [build_curve(each.run, group, corrections, overhead, factors=factors) for each in seen]
         delay_s = front_end_delay_s(seen, curves, resamples=resamples)
         if delay_s is not None:
             calibration.delays_s[group] = delay_s

@@ -25,6 +25,19 @@ if TYPE_CHECKING:
 )
 @click.option("--llama-family", is_flag=True, help="Write profiles of the Llama experts that come with the package.")
 @click.option(
+    "--static-batch",
+    "static_batch",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Also fit static batches (CSV): requests that start and end together, without a server.",
+)
+@click.option(
+    "--operators",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Kernel efficiencies from these operator times (CSV) instead of the packaged ones.",
+)
+@click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("profiles"),
@@ -43,11 +56,16 @@ def fit_command(
     runs: Path,
     experts: tuple[str, ...],
     llama_family: bool,
+    static_batch: Path | None,
+    operators: Path | None,
     out: Path,
     engine: str | None,
     engine_version: str | None,
 ) -> None:
     """Fit corrections of the roofline and engine overheads to RUNS (CSV) and write one profile per expert.
+
+    Engines before vLLM 0.8 (V0) have other kernels and are fitted apart, to what was measured on them; --engine-version
+    decides whose parameters the profiles take.
 
     Prints every parameter with its interval, the errors on experiments left out of the fit, what was not used and why,
     and what to measure next.
@@ -57,19 +75,26 @@ def fit_command(
     from calibrate.held_out import held_out_errors
     from calibrate.measured_runs import MeasurementError, read_measured_runs
     from calibrate.next_measurements import candidate_points, knowledge, suggest
+    from calibrate.operators import operator_factors, read_operators
     from calibrate.parameters import group_of_version
     from calibrate.profiles import expert_key, find_held_out_errors, make_profile, provenance_of, write_profiles
     from calibrate.profiles import llama_family as llama_experts
+    from calibrate.static_batch import read_static_batches
 
     messages, console = Console(stderr=True), Console()
     try:
-        asked = [*map(expert_key, experts), *(llama_experts() if llama_family else [])]
+        asked = [*map(expert_key, experts)]
         measured = read_measured_runs(runs)
-        calibration = fit(measured)
-        version = engine_version or _commonest_version(calibration)
+        if static_batch is not None:
+            measured += read_static_batches(static_batch)
+        factors = None if operators is None else operator_factors(read_operators(operators))
+        version = engine_version or _commonest_version(fit(measured, resamples=0, factors=factors))
         group = group_of_version(version)
+        calibration = fit(measured, kernels=group.kernels, factors=factors)
         calibration.point_overhead(group)  # a group that was not measured ends here
-        errors = find_held_out_errors(measured, group)
+        errors = find_held_out_errors(measured, group, factors)
+        if llama_family:
+            asked += llama_experts(("bf16", *errors.by_quantization))
         keys = list(dict.fromkeys(asked)) or _measured_experts(calibration, group)
         profiles = [
             make_profile(
@@ -88,7 +113,10 @@ def fit_command(
         messages.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(2) from None
     known = {each: knowledge(calibration, each) for each in calibration.overheads}
-    held_out = {each: errors.by_experiment if each is group else held_out_errors(measured, each) for each in known}
+    held_out = {
+        each: errors.by_experiment if each is group else held_out_errors(measured, each, factors=factors)
+        for each in known
+    }
     print_fit(calibration, known, held_out, console)
     worst = known[group][0]
     points = candidate_points(_suggestible(calibration, keys), version)

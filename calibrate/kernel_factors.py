@@ -26,7 +26,7 @@ _NCCL_GPU, _NCCL_SOURCE = "H100-SXM-80GB", "microsoft/vidur"
 _PCIE_BETWEEN_PAIRS = {"A100 pairwise NVLink": 32e9, "H100 pairwise NVLink": 64e9}  # PCIe 4.0 and 5.0, 16 lanes
 _PAIRED_GPUS = 4
 _MOST_GPUS_OF_OWN_KERNEL_OVER_PCIE = 2
-_VLLM_KERNELS = "ai-dynamo/aiconfigurator"
+_VLLM_KERNELS = "vllm_"
 
 
 class Factor(NamedTuple):
@@ -62,7 +62,9 @@ def gemm_factors(ops: pd.DataFrame) -> list[Factor]:
 
 def attention_factors(ops: pd.DataFrame) -> list[Factor]:
     """Attention, per architecture and KV format: rates from prefill kernels, the rest from decode kernels."""
-    rows = ops[ops["source"].str.startswith(_VLLM_KERNELS) & (ops["n_q_heads"] >= 8) & (ops["head_dim"] == 128)]
+    rows = ops[
+        ops["kernel"].str.startswith(_VLLM_KERNELS, na=False) & (ops["n_q_heads"] >= 8) & (ops["head_dim"] == 128)
+    ]
     factors: list[Factor] = []
     for (architecture, dtype), group in rows.groupby([_architectures(rows), "kv_dtype"]):
         label = "fp8" if dtype == "fp8" else "bf16"
@@ -122,10 +124,10 @@ def all_reduce_factors(ops: pd.DataFrame) -> list[Factor]:
         limit = _MAX_MESSAGE_BYTES if link == "ampere" else _MAX_OWN_KERNEL_BYTES
         own, how = _all_reduce_fit(group[group["bytes"] <= limit], size)
         how = f"{how}, vLLM's kernel in a graph"
-        if link == "hopper":
+        if link == "hopper" and (nccl["tp"] == tp).any():
             large, how_large = _all_reduce_fit(nccl[nccl["tp"] == tp], size)
             how_large += f", NCCL (Vidur) from {_MAX_OWN_KERNEL_BYTES / 2**20:.0f} MiB on, where vLLM's kernel ends"
-        elif link == "pcie":
+        elif link == "pcie" and ops["gpu"].isin(list(_PCIE_BETWEEN_PAIRS)).any():
             large, how_large = _nccl_over_pcie(ops, size)
             if size > _MOST_GPUS_OF_OWN_KERNEL_OVER_PCIE:
                 own, how = large, f"vLLM disables its kernel on more than two GPUs linked by PCIe: NCCL; {how_large}"

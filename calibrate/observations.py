@@ -4,6 +4,7 @@ A measured mean time per output token (or median gap between tokens) is the time
 concurrency, plus each iteration's share of prefills.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from math import ceil, floor, isnan
@@ -12,7 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibrate.measured_runs import MeasuredRun
-from calibrate.parameters import CORRECTIONS, GROUPS, OVERHEADS, SYNCHRONOUS, EngineGroup, group_of, overhead_columns
+from calibrate.parameters import (
+    ASYNCHRONOUS,
+    CORRECTIONS,
+    GROUPS,
+    OVERHEADS,
+    V0,
+    EngineGroup,
+    group_of,
+    overhead_columns,
+)
 from calibrate.predictor import CannotPredictError
 from calibrate.run_engine import shape_of
 from sim.factors import Factors, OverheadFactors, packaged_factors
@@ -23,6 +33,7 @@ from sim.service_curve import CurveSource, IterationWork
 DISTINCT_PROMPTS = 100
 """The load generator of the open-loop runs sent this many prompts over and over, so later ones hit the prefix cache."""
 BLOCK_TOKENS = 16
+V0_PREFILL_TOKENS = 4096  # its budget was the longer of 2,048 tokens and the model's length
 CHAT_PROMPT_TOKENS = 200  # of the saturated runs, whose prompts are not in the data: an assumption
 
 
@@ -45,8 +56,8 @@ class Observation:
 
 
 @cache
-def observe(run: MeasuredRun) -> Observation | str:
-    """Return what a run says of iteration times, or why it says nothing usable."""
+def observe(run: MeasuredRun, factors: Factors | None = None) -> Observation | str:
+    """Return what a run says of iteration times, or why nothing; ``factors`` None: the packaged kernel efficiencies."""
     if run.flag:
         return "flagged"
     if run.arch != "dense":
@@ -55,6 +66,9 @@ def observe(run: MeasuredRun) -> Observation | str:
         return "an engine other than vLLM"
     if run.dp != 1:
         return "data parallel, several engines in one row"
+    if run.load_type == "static_batch":
+        step_s = run.e2e_mean_s / run.output_tokens_mean
+        return _observation(run, factors, step_s, run.concurrency_mean, run.prompt_tokens_mean, 0.0)
     if run.load_type == "open_loop" and not isnan(run.tpot_mean_s):
         measured_s = run.tpot_mean_s
         # Little's law; an arriving request finds the others and adds itself (arrival theorem).
@@ -74,14 +88,31 @@ def observe(run: MeasuredRun) -> Observation | str:
         return "no mean time per output token in an open loop, and no median gap in a saturated one"
     if "gpqa" in run.workload:
         return "prompts of unknown length with long outputs"
-    if run.engine_version and group_of(run) is SYNCHRONOUS and run.load_type == "open_loop":
+    if run.engine_version and group_of(run) is not ASYNCHRONOUS and run.load_type == "open_loop":
         return "an open loop on an engine before 0.14, too few and too short to fit"
+    return _observation(run, factors, measured_s, decodes, prompt_tokens, prefills_per_iteration)
+
+
+def _observation(
+    run: MeasuredRun,
+    factors: Factors | None,
+    measured_s: float,
+    decodes: float,
+    prompt_tokens: float,
+    prefills_per_iteration: float,
+) -> Observation | str:
     context_tokens = prompt_tokens + run.output_tokens_mean / 2
     group = group_of(run)
+
+    def iteration_s(curve: Roofline) -> float:
+        if run.load_type == "static_batch":
+            return _static_iteration_s(curve, run)
+        return _steady_iteration_s(curve, run, decodes, context_tokens, prompt_tokens, prefills_per_iteration)
+
     try:
         if not Factors.is_measured(shape_of(run)[2]):
             return "a GPU whose kernels were not measured, so that its terms would stand for another's"
-        contributions = _terms(run, group, decodes, context_tokens, prompt_tokens, prefills_per_iteration)
+        contributions = _terms(run, group, factors or packaged_factors(), iteration_s)
     except CannotPredictError as error:
         return str(error)
     return Observation(
@@ -95,21 +126,16 @@ def observe(run: MeasuredRun) -> Observation | str:
 
 
 def _terms(
-    run: MeasuredRun,
-    group: EngineGroup,
-    decodes: float,
-    context_tokens: float,
-    prompt_tokens: float,
-    prefills_per_iteration: float,
+    run: MeasuredRun, group: EngineGroup, factors: Factors, iteration_s: Callable[[Roofline], float]
 ) -> NDArray[np.float64]:
     """Return seconds per unit of each parameter: the roofline with that parameter at 1 and all others at 0."""
-    linear = packaged_factors().without_launches()
+    linear = factors.without_launches()
 
     def seconds_of(parameter: str) -> float:
         corrections = Corrections(**{name: float(name == parameter) for name in CORRECTIONS})
         overhead = OverheadFactors(**{name: float(name == parameter) for name in OVERHEADS})
         curve = build_curve(run, group, corrections, overhead, factors=linear)
-        return _steady_iteration_s(curve, run, decodes, context_tokens, prompt_tokens, prefills_per_iteration)
+        return iteration_s(curve)
 
     terms = np.zeros(len(CORRECTIONS) + len(GROUPS) * len(OVERHEADS))
     terms[: len(CORRECTIONS)] = [seconds_of(name) for name in CORRECTIONS]
@@ -140,6 +166,22 @@ def _steady_iteration_s(
 
     low, high = max(1, floor(decodes)), max(1, ceil(decodes))
     return at(low) if low == high else at(low) * (high - decodes) + at(high) * (decodes - low)
+
+
+def _static_iteration_s(curve: Roofline, run: MeasuredRun) -> float:
+    """Return the time of a static batch, prefill and all, over its output tokens.
+
+    The V0 engine prefills whole prompts, as many together as its token budget holds, before it decodes any.
+    """
+    batch, prompt, output = round(run.concurrency_mean), round(run.prompt_tokens_mean), round(run.output_tokens_mean)
+    together = min(batch, max(1, V0_PREFILL_TOKENS // prompt))
+    pairs = together * prompt * (prompt + 1) / 2
+    prefill_s = (
+        batch / together * curve.iteration_s(IterationWork(together * prompt, together, pairs, together * prompt, 0, 0))
+    )
+    kv_tokens = round(batch * (prompt + output / 2))
+    decode_s = curve.iteration_s(IterationWork(0, 0, 0.0, 0, batch, kv_tokens))
+    return (prefill_s + (output - 1) * decode_s) / output
 
 
 def with_chunk(new_tokens: float, prompt_tokens: float, decodes: int, kv_tokens: int) -> IterationWork:
@@ -187,7 +229,9 @@ def build_curve(
         max_num_seqs=run.max_num_seqs or seqs,
         max_num_batched_tokens=run.max_num_batched_tokens or tokens,
         async_scheduling=group.async_scheduling,
-        sampling_filter=model.default_sampling,
+        # The V0 engine did not read a model's generation config.
+        sampling_filter=None if group is V0 else model.default_sampling,
+        kv_cache_dtype="fp8" if run.kv_dtype == "fp8" else "auto",
         factors=factors,
         overhead=overhead,
         corrections=corrections,

@@ -204,9 +204,17 @@ class Factors:
         """CPU seconds of the API server process."""
         return self._group("front_end", FrontEnd)
 
+    def values(self) -> dict[str, float]:
+        """Return all factors by name."""
+        return dict(self._values)
+
+    def replaced(self, values: Mapping[str, float]) -> "Factors":
+        """Return these factors with some replaced."""
+        return Factors({**self._values, **values})
+
     def without_launches(self) -> "Factors":
         """Return these factors with launches that take no time, so that iteration times are linear in corrections."""
-        return Factors(self._values | {"host.launch_per_layer_s": 0.0, "host.eager_launch_per_layer_s": 0.0})
+        return self.replaced({"host.launch_per_layer_s": 0.0, "host.eager_launch_per_layer_s": 0.0})
 
     def _group(self, group: str, kind: type[_Group]) -> _Group:
         return kind(**{field.name: self._values[f"{group}.{field.name}"] for field in fields(kind)})

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from sim.factors import packaged_factors
 from sim.service_curve import CurveSource, DecodePiece, IterationWork
 from sim.spec import EngineSpec
 from sim.spec_base import PositiveInt, Seconds, Spec
@@ -88,8 +89,9 @@ class Residuals(Spec):
     """
 
     measurements: PositiveInt
-    what: Literal["iterations", "load stages"]
+    what: Literal["iterations", "load stages", "static batches"]
     held_out: bool
+    engine_version: str = Field(default="", description="of the measurements; empty: the expert's own")
     gpus: list[str] = Field(default=[], description="measured on; empty: the expert's own")
     mean_error: Annotated[float, Field(allow_inf_nan=False)]
     median_absolute_error: Annotated[float, Field(ge=0)]
@@ -130,6 +132,9 @@ class Profile(Spec):
     cuda_graph_sizes: list[PositiveInt] = Field(
         default=[], description="captured batch sizes, ascending; empty when the engine ran without graphs"
     )
+    kernels: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
+        default={}, description="of roofline parameters: efficiencies of sim/data/roofline.json that others replace"
+    )
     front_end: FrontEndCosts | None = None
     num_gpu_blocks: Annotated[int, Field(ge=2)] | None = Field(
         None, description="KV blocks as the engine resolved them, its null block included"
@@ -146,6 +151,13 @@ class Profile(Spec):
             raise ValueError(f"cuda_graph_sizes must ascend without repeats, got {self.cuda_graph_sizes}")
         return self
 
+    @model_validator(mode="after")
+    def _known_kernels(self) -> Self:
+        unknown = sorted(set(self.kernels) - set(packaged_factors().values()))
+        if unknown:
+            raise ValueError(f"kernels: sim/data/roofline.json has no {unknown[0]!r}")
+        return self
+
 
 def source_of(profile: Profile) -> CurveSource:
     """Return what a profile says of itself: name, worth and range."""
@@ -154,7 +166,7 @@ def source_of(profile: Profile) -> CurveSource:
     return CurveSource(
         label=profile.name,
         detail=(
-            f"{how} {worth.measurements} {worth.what} of {profile.expert.engine_version} on "
+            f"{how} {worth.measurements} {worth.what} of {worth.engine_version or profile.expert.engine_version} on "
             f"{', '.join(worth.gpus) or profile.expert.gpu}, "
             f"median error {worth.median_absolute_error:.1%}, 90 % within {worth.p90_absolute_error:.1%}; "
             f"{profile.provenance}"

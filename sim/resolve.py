@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sim.catalogue import find_gpu, find_model, find_quantization
-from sim.factors import OverheadFactors
+from sim.factors import OverheadFactors, packaged_factors
 from sim.fleet import EngineSettings, Expert, Fleet, FrontEnd
 from sim.fleet_file import is_profile_file
 from sim.memory import MemoryBudget, engine_defaults, memory_budget
@@ -143,6 +143,7 @@ def _calibrated(profile: Profile) -> dict[str, Any]:
     return {
         "corrections": Corrections(**{field.name: values[field.name] for field in fields(Corrections)}),
         "overhead": OverheadFactors(**{field.name: values[field.name] for field in fields(OverheadFactors)}),
+        "factors": packaged_factors().replaced(profile.kernels),
         "source": source_of(profile),
     }
 

@@ -236,14 +236,29 @@ def test_an_unknown_gpu_says_which_are_near() -> None:
 
 
 def test_the_llama_family_is_packaged_and_every_profile_resolves() -> None:
-    keys = llama_family()
+    keys = llama_family(("bf16", "fp8"))
     assert all(why_impossible(key) is None for key in keys)
     assert packaged_profiles() == sorted(profile_name(*key, "vllm-0.15") for key in keys)
-    for model, _, gpu, size in keys:
-        spec = ExpertSpec(model=model, gpu=gpu, tensor_parallel_size=size, profile="packaged")
+    assert {gpu for _, quantization, gpu, _ in keys if quantization == "fp8"} == {"H100-SXM", "H200", "L40S"}
+    for model, quantization, gpu, size in keys:
+        spec = ExpertSpec(
+            model=model, quantization=quantization, gpu=gpu, tensor_parallel_size=size, profile="packaged"
+        )
         source = resolve_expert("x", spec).curve.source
-        assert source.label == profile_name(model, "bf16", gpu, size, "vllm-0.15")
+        assert source.label == profile_name(model, quantization, gpu, size, "vllm-0.15")
         assert source.detail.startswith("predicted without having seen ")
+
+
+def test_fp8_is_wider_than_bf16_and_says_that_its_errors_are_of_an_older_engine() -> None:
+    bf16, fp8 = (
+        resolve_expert("x", ExpertSpec(model="llama-3.1-8b", quantization=name, gpu="H100-SXM", profile="packaged"))
+        for name in ("bf16", "fp8")
+    )
+    assert fp8.curve.source.error_p90 > 2 * bf16.curve.source.error_p90
+    assert "13 static batches of vLLM before 0.8 (V0 engine) on H100-SXM" in fp8.curve.source.detail
+    assert (
+        "static batches of llama-3-8b in fp8 on a V0 engine, by a fit that had seen no fp8" in fp8.curve.source.detail
+    )
 
 
 def test_a_packaged_profile_tells_where_its_errors_are_from() -> None:
