@@ -12,6 +12,7 @@ from math import ceil, floor, isnan
 import numpy as np
 from numpy.typing import NDArray
 
+from calibrate.lengths import saturated_lengths
 from calibrate.measured_runs import MeasuredRun
 from calibrate.parameters import (
     ASYNCHRONOUS,
@@ -34,7 +35,6 @@ DISTINCT_PROMPTS = 100
 """The load generator of the open-loop runs sent this many prompts over and over, so later ones hit the prefix cache."""
 BLOCK_TOKENS = 16
 V0_PREFILL_TOKENS = 4096  # its budget was the longer of 2,048 tokens and the model's length
-CHAT_PROMPT_TOKENS = 200  # of the saturated runs, whose prompts are not in the data: an assumption
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +82,11 @@ def observe(run: MeasuredRun, factors: Factors | None = None) -> Observation | s
             decodes = float(run.max_num_seqs)
         if decodes > run.output_tokens_mean / 2:
             return "half its iterations carry a prefill, which its median gap between tokens then holds"
-        prompt_tokens = CHAT_PROMPT_TOKENS
+        try:
+            lengths = saturated_lengths(run, run.max_model_len or shape_of(run)[0].max_model_len)
+        except CannotPredictError as error:
+            return str(error)
+        prompt_tokens = lengths.context_in_flight_tokens() - run.output_tokens_mean / 2
         prefills_per_iteration = 0.0
     else:
         return "no mean time per output token in an open loop, and no median gap in a saturated one"
