@@ -1,10 +1,17 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from calibrate.accuracy_report import write_accuracy_report
 from calibrate.contradictions import MARGIN, contradictions, doubtful_runs
+from calibrate.error_report import print_validation
 from calibrate.measured_runs import MeasuredRun, read_measured_runs
-from tests.measured_tables import GROUND_TRUTH, run_of
+from calibrate.predictor import PredictedEngine
+from calibrate.validate import validate
+from tests.fleets import AffineCurve
+from tests.measured_tables import GROUND_TRUTH, engine_of, run_of
 
 
 def saturated(name: str, in_flight: int, gap_s: float, **fields: object) -> MeasuredRun:
@@ -66,3 +73,28 @@ def test_the_series_doubted_in_the_shared_runs_are_of_one_workload_on_one_gpu() 
     doubted = doubtful_runs(read_measured_runs(GROUND_TRUTH / "serving_runs.csv"))
     assert len(doubted) == 11
     assert all("/gpqa/B200x1/" in run_id for run_id in doubted)
+
+
+def test_report_and_terminal_give_the_errors_with_and_without_doubted_runs(tmp_path: Path) -> None:
+    runs = [*RUNS[:2], saturated("exam/4", 4, 0.040, workload="exam")]
+    engine = engine_of(AffineCurve(fixed_s=0.008, per_request_s=1e-4))
+    found = validate(runs, {}, lambda experiment: Known(engine), workers=1, replications=1)
+    console = Console(record=True, width=120)
+    print_validation(found, console)
+    assert "1 runs contradict others of the table: exam/4" in console.export_text()
+    page, _ = write_accuracy_report(found, tmp_path, command="made up", peers=None)
+    text = page.read_text(encoding="utf-8")
+    assert "## Runs that contradict others" in text
+    assert "- exam/4: 4.0 times chat/8" in text
+    (row,) = [line for line in text.splitlines() if line.startswith("| itl_p50 | 3 |") and line.count("|") == 6]
+    assert "| 2 |" in row
+
+
+class Known:
+    """Knows one engine."""
+
+    def __init__(self, engine: PredictedEngine) -> None:
+        self._engine = engine
+
+    def engine_of(self, run: MeasuredRun) -> PredictedEngine:
+        return self._engine
