@@ -8,11 +8,11 @@ from math import isnan
 from pathlib import Path
 
 import numpy as np
-from real.iteration_log import IterationLog
 
 from calibrate.batch_sizes import BATCH_BINS, batch_shares, bin_labels
 from calibrate.comparison import Figure, compare, coverage
 from calibrate.station_times import StationTime, station_times
+from real.iteration_log import IterationLog
 from real.run import run
 from real.serving import RunningFleet, serving
 from sim.resolve import profile_of
@@ -188,7 +188,7 @@ def _batches(
     predicted: Result, measured: Sequence[Result], fleet: str, running: RunningFleet
 ) -> dict[str, tuple[Sequence[float], Sequence[float]]]:
     """Requests per iteration at the highest load, from the simulation and from the engines' logs."""
-    found = {}
+    found: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
     record = predicted.runs[-1]
     windows = [
         tuple(real.began_monotonic_s + edge_s for edge_s in real.window_s)

@@ -10,11 +10,11 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from real.checkpoints import Checkpoint, find_checkpoint
+from real.classifier import load_classifier
 from real.cores import place_replicas, runs_on_cpu, usable_cores
 from real.expert_server import (
     LOOPBACK,
@@ -26,12 +26,14 @@ from real.expert_server import (
     plan_replica,
     port_is_free,
 )
+from real.gateway_config import gateway_config
 from real.gateway_process import GatewayProcess
 from real.guarded_process import LifeLine
 from real.supervisor import Supervisor, Tell
 from sim.feasibility import check_feasible
 from sim.fleet_file import FleetFileError
 from sim.mistakes import did_you_mean
+from sim.resolve import routes_by_class
 from sim.spec import FleetFile
 
 STATE_FILE = "fleet.json"
@@ -81,16 +83,20 @@ class RunningFleet:
             raise FleetFileError([f"no fleet {name!r} in the file{did_you_mean(name, file.fleets)}"])
         self.file, self.name, self.logs = file, name, logs.resolve()
         self._tell = tell or (lambda line: None)
-        self._life = LifeLine()
         spec = file.fleets[name]
+        has_gateway = spec.router is not None and gateway
         try:
+            if has_gateway and routes_by_class(spec) and len(file.workload.classes) > 1:
+                # What the gateway would only find wrong once the engines have started.
+                load_classifier(file.serve.classifier, list(file.workload.classes))
             self.plans, self.checkpoints, self.warnings = _plan(file, name, log_iterations)
         except ValueError as error:
             raise FleetFileError([str(error)]) from None
         self.logs.mkdir(parents=True, exist_ok=True)
+        self._life = LifeLine()
         self.servers = [ExpertServer(plan, logs=self.logs, life=self._life) for plan in self.plans]
         self._gateway: GatewayProcess | None = None
-        if spec.router is not None and gateway:
+        if has_gateway:
             url = f"http://{file.serve.host}:{file.serve.port}"
             self._gateway = GatewayProcess(self._gateway_command(), url=url, logs=self.logs, life=self._life)
         self.url = self.servers[0].url if self._gateway is None else self._gateway.url
@@ -150,7 +156,6 @@ class RunningFleet:
 
     def _gateway_command(self) -> list[str]:
         """Write the gateway's configuration and return its command line."""
-        gateway_config = import_module("real.gateway_config").gateway_config
         path = self.logs / "gateway.json"
         path.write_text(gateway_config(self.file, self.name, self.replica_urls).model_dump_json(indent=2))
         return [sys.executable, "-m", "real.gateway", str(path)]

@@ -439,3 +439,11 @@ def test_the_schema_refuses_what_the_reader_refuses(before: str, after: str) -> 
 
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(yaml.safe_load(text.replace(before, after)), schema)
+
+
+def test_a_checkpoint_beside_the_file_is_a_folder_and_any_other_name_is_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    for name, place in (("weights", str(tmp_path / "weights")), ("meta-llama/Llama-3-8B", "meta-llama/Llama-3-8B")):
+        expert = f"{{model: llama-3-8b, gpu: H100-SXM, checkpoint: {name}}}"
+        file = parse_fleet(GOOD.replace("{model: llama-3-8b, gpu: H100-SXM}", expert), directory=tmp_path)
+        assert file.fleets["routed"].experts["chat"].checkpoint == place

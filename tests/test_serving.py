@@ -201,6 +201,17 @@ def test_a_fleet_that_is_not_there(file: LoadedFleetFile, tmp_path: Path) -> Non
         pass
 
 
+def test_a_classifier_that_does_not_know_the_classes_is_told_before_anything_starts(
+    file: LoadedFleetFile, tmp_path: Path
+) -> None:
+    classes = {"gossip": file.workload.classes["code"], "chat": file.workload.classes["chat"]}
+    workload = file.workload.model_copy(update={"classes": classes})
+    fleet = file.fleets["routed"].model_copy(update={"class_map": {"gossip": ["code"], "chat": ["chat"]}})
+    other = file.model_copy(update={"workload": workload, "fleets": {"routed": fleet}})
+    with pytest.raises(FleetFileError, match="classifier: knows no class 'gossip'"):
+        RunningFleet(other, "routed", logs=tmp_path)
+
+
 def test_an_unready_server_is_not_ready(file: LoadedFleetFile, tmp_path: Path) -> None:
     fleet = RunningFleet(file, "direct", logs=tmp_path)
     server: ExpertServer = fleet.servers[0]
