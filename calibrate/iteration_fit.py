@@ -3,9 +3,10 @@
 An observation is a stretch of like decode-only iterations, as the mean of their cycles, or one iteration with prefill.
 The time from log line to log line also has the moments at which the front end got to write them, so its noise has two
 parts: a share of the time itself, and jitter that a stretch averages out. The time is linear in non-negative parameters
-once the floor of the matrix work is given as a number of tokens; the floor is searched, the rest is non-negative least
-squares with Huber weights (Huber 1964), so that a stall of the machine does not steer it. Intervals come from refits to
-resampled points, whole points at a time, and errors from leaving each point out.
+once the form of the matrix work is given: a floor, as a number of tokens that is searched; or straight pieces between
+knots, for hardware that works differently on small batches. The rest is non-negative least squares with Huber weights
+(Huber 1964), so that a stall of the machine does not steer it. Knots are taken where they predict points left out
+better. Intervals come from refits to resampled points, whole points at a time, errors from leaving each point out.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from sim.cuda_graphs import padded_tokens
-from sim.profile import Parameter, TermParameters
+from sim.profile import MatrixKnot, Parameter, TermParameters, matrix_work_s
 from sim.service_curve import IterationWork
 from sim.streams import stream
 
@@ -26,6 +27,13 @@ TERMS = ("per_iteration", "per_token", "per_attention_pair", "per_prefill_chunk"
 """What the time is linear in; ``weights`` is ``per_token`` times the floor."""
 FLOORS = (0, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Tokens up to which matrix work may take no less time."""
+KNOTS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
+"""Tokens at which the matrix work may bend, where there are measurements beyond."""
+BEND = 1.0
+"""By what share of the mean slope a bend counts as much as one standard deviation of an observation."""
+BETTER = 0.95
+"""Knots are taken when points left out are lost by less than this share of the floor's loss."""
+FOLDS = 5
 SHARE_NOISE = 0.02
 """Standard deviation of an observation, as a share of its time."""
 HUBER = 1.5
@@ -73,15 +81,27 @@ class Observations:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TermFit:
-    """Parameters by name of TERMS, and the floor of the matrix work in tokens."""
+    """A fit.
+
+    Attributes:
+        terms: parameters by name of TERMS.
+        floor_tokens: of the matrix work; 0 with knots.
+        graph_sizes: captured batch sizes, to which tokens are rounded up.
+        knots: (tokens, seconds) of the matrix work beyond that of one token, see ``sim.profile.matrix_work_s``.
+    """
 
     terms: dict[str, float]
     floor_tokens: int
     graph_sizes: tuple[int, ...]
+    knots: tuple[tuple[int, float], ...] = ()
 
     def predict_s(self, works: Floats) -> Floats:
         """Return seconds of iterations, ``works`` as in ``Observations``."""
         matrix = design(works, self.floor_tokens, self.graph_sizes)
+        if self.knots:
+            per_token_s = self.terms["per_token"]
+            work_s = [matrix_work_s(tokens, self.knots, per_token_s) for tokens in matrix[:, 1]]
+            matrix[:, 1] = np.array(work_s) / max(per_token_s, 1e-300)
         return np.asarray(matrix @ np.array([self.terms[name] for name in TERMS]))
 
     @property
@@ -185,21 +205,79 @@ def fit_terms(
     return best[1]
 
 
+def fit_knots(seen: Observations, floor_fit: TermFit) -> TermFit:
+    """Return a fit with knots instead of a floor.
+
+    Args:
+        seen: at least a few.
+        floor_fit: a fit with a floor to the same or other observations, for a start and for what a bend is weighed by.
+    """
+    columns = design(seen.works, 0, floor_fit.graph_sizes)
+    tokens = columns[:, 1]
+    knots = [knot for knot in KNOTS if (tokens > knot).any() and (tokens <= knot).any()]
+    edges = np.array([1.0, *knots, np.inf])
+    ramps = np.clip(tokens[:, None] - edges[:-1], 0.0, np.diff(edges))
+    matrix = np.hstack([columns[:, :1], ramps, columns[:, 2:]])
+    slopes = len(knots) + 1
+    bends = np.zeros((slopes - 1, matrix.shape[1]))
+    places = np.arange(slopes - 1)
+    bends[places, places + 1], bends[places, places + 2] = -1.0, 1.0
+    bends /= BEND * max(floor_fit.terms["per_token"], 1e-12)
+    expected_s = np.maximum(floor_fit.predict_s(seen.works), 1e-9)
+    _, values = _solve(matrix, seen, expected_s, rounds=12, penalty=bends)
+    heights = np.cumsum(values[1:slopes] * np.diff(edges[:-1]))
+    kept = [float(values[0]), *(float(value) for value in values[slopes:])]
+    return TermFit(
+        terms=dict(zip(TERMS, kept, strict=True)),
+        floor_tokens=0,
+        graph_sizes=floor_fit.graph_sizes,
+        knots=tuple((knot, float(height)) for knot, height in zip(knots, heights, strict=True)),
+    )
+
+
+def refit(seen: Observations, like: TermFit, floors: Sequence[int] = FLOORS) -> TermFit:
+    """Return a fit of the same form to other observations."""
+    if like.knots:
+        return fit_knots(seen, like)
+    return fit_terms(seen, graph_sizes=like.graph_sizes, floors=floors, start=like)
+
+
+def fit_best(seen: Observations, *, graph_sizes: Sequence[int] = ()) -> TermFit:
+    """Return a fit with a floor, or with knots where that predicts points left out clearly better."""
+    floor_fit = fit_terms(seen, graph_sizes=graph_sizes)
+    names = np.unique(seen.points.astype(str))
+    if len(names) < 2 * FOLDS:
+        return floor_fit
+    lost = np.zeros(2)
+    for fold in range(FOLDS):
+        mine = np.isin(seen.points.astype(str), names[fold::FOLDS])
+        told, others = seen.select(mine), seen.select(~mine)
+        with_floor = refit(others, floor_fit)
+        for form, fitted in enumerate((with_floor, fit_knots(others, with_floor))):
+            errors = np.abs(fitted.predict_s(told.works) - told.measured_s) / noise_s(told, told.measured_s)
+            lost[form] += np.where(errors <= HUBER, errors**2 / 2, HUBER * (errors - HUBER / 2)).sum()
+    return fit_knots(seen, floor_fit) if lost[1] < BETTER * lost[0] else floor_fit
+
+
 def noise_s(seen: Observations, expected_s: Floats) -> Floats:
     """Return the standard deviation of each observation when its time is ``expected_s``."""
     jitter_s = seen.jitter_s * 2**0.5 / seen.iterations
     return np.asarray(np.hypot(SHARE_NOISE * expected_s, jitter_s))
 
 
-def _solve(matrix: Floats, seen: Observations, expected_s: Floats, *, rounds: int) -> tuple[float, Floats]:
-    """Return the Huber loss and the parameters."""
+def _solve(
+    matrix: Floats, seen: Observations, expected_s: Floats, *, rounds: int, penalty: Floats | None = None
+) -> tuple[float, Floats]:
+    """Return the Huber loss and the parameters; ``penalty`` has rows whose products with them should be near 0."""
+    extra = np.empty((0, matrix.shape[1])) if penalty is None else penalty
     scale = np.maximum(np.abs(matrix / seen.measured_s[:, None]).max(axis=0), 1e-300)
     deviation_s = noise_s(seen, expected_s)
     weight = np.ones(len(expected_s))
     values = np.zeros(matrix.shape[1])
     for _ in range(rounds):
         rows = weight / deviation_s
-        new, _ = nnls(matrix * rows[:, None] / scale, seen.measured_s * rows)
+        stacked = np.vstack([matrix * rows[:, None], extra]) / scale
+        new, _ = nnls(stacked, np.concatenate([seen.measured_s * rows, np.zeros(len(extra))]))
         new = new / scale
         settled = np.allclose(new, values, rtol=1e-6, atol=0)
         values = new
@@ -217,7 +295,7 @@ def term_parameters(
     seen: Observations, *, graph_sizes: Sequence[int] = (), resamples: int = RESAMPLES
 ) -> tuple[TermFit, TermParameters]:
     """Return the fit, and its parameters with 90 % intervals from refits to resampled points."""
-    fitted = fit_terms(seen, graph_sizes=graph_sizes)
+    fitted = fit_best(seen, graph_sizes=graph_sizes)
     names = np.unique(seen.points.astype(str))
     rows_of = [np.flatnonzero(seen.points == name) for name in names]
     near = [floor for floor in FLOORS if fitted.floor_tokens / 4 <= floor <= 4 * max(fitted.floor_tokens, 4)]
@@ -225,30 +303,33 @@ def term_parameters(
     for number in range(resamples):
         drawn = stream(0, "points", number).integers(len(names), size=len(names))
         rows = np.concatenate([rows_of[index] for index in drawn])
-        refits.append(fit_terms(seen.select(rows), graph_sizes=graph_sizes, floors=near, start=fitted))
+        refits.append(refit(seen.select(rows), fitted, near))
 
-    def parameter(name: str) -> Parameter:
-        values = [each.weights_s if name == "weights" else each.terms[name] for each in refits]
+    def parameter(values: list[float]) -> Parameter:
         low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
         value = _digits(values[0])
         return Parameter(value=value, low=min(_digits(low), value), high=max(_digits(high), value))
 
-    return fitted, TermParameters(**{name: parameter(name) for name in ("weights", *TERMS)})
+    knots: list[MatrixKnot] = []
+    for tokens, _ in fitted.knots:
+        heights = [matrix_work_s(tokens, each.knots, each.terms["per_token"]) for each in refits]
+        knots.append(MatrixKnot(tokens=tokens, seconds=parameter(heights)))
+    terms = {name: parameter([each.terms[name] for each in refits]) for name in TERMS}
+    return fitted, TermParameters(**terms, weights=parameter([each.weights_s for each in refits]), matrix_knots=knots)
 
 
-def held_out_errors(seen: Observations, *, graph_sizes: Sequence[int] = ()) -> Floats:
+def held_out_errors(seen: Observations, fitted: TermFit) -> Floats:
     """Return relative errors on points that the fit had not seen: of each point's decode and prefill iterations.
 
     One error for all decode-only iterations of a point together and one for those with prefill, since what is wanted
-    is their time and not the jitter of single log lines.
+    is their time and not the jitter of single log lines. ``fitted``, to all of them, says with which form.
     """
-    fitted = fit_terms(seen, graph_sizes=graph_sizes)
     errors = []
     for name in np.unique(seen.points.astype(str)):
         mine = seen.points == name
         if mine.all():
             continue
-        others = fit_terms(seen.select(~mine), graph_sizes=graph_sizes, start=fitted)
+        others = refit(seen.select(~mine), fitted)
         told = seen.select(mine)
         errors += part_errors(told, others.predict_s(told.works))
     return np.array(errors)

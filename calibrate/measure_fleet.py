@@ -123,6 +123,7 @@ class _Router:
         self._out = out
         self._messages = messages
         self._chosen = chosen
+        self._failed = False
         fleets = dict.fromkeys(fleet for each in chosen for fleet, _ in each.places)
         self._fleets = [name for name in fleets if file.fleets[name].router is not None]
 
@@ -139,7 +140,7 @@ class _Router:
         """
         if not self._fleets:
             return {}, True
-        if self._kept() is None and self._chosen:
+        if self._kept() is None and self._chosen and not self._failed:
             expert = self._chosen[-1]
             self._messages.print(f"{expert.name}: starting the engine for the router", highlight=False)
             try:
@@ -178,6 +179,7 @@ class _Router:
             return None
 
     def _say(self, error: Exception) -> None:
+        self._failed = True
         text = f"the router was not measured: {error}"
         self._messages.print(text, style="red", highlight=False, markup=False, soft_wrap=True)
 

@@ -265,7 +265,7 @@ class Choice:
         self.fit = fit
         self._jitter_s = jitter_s
         self._target = self._relative(target)
-        # Before any measurement a term may account for all of the iteration it matters most in, a bend for a part of it.
+        # Before any measurement a term may account for all of the iteration it matters most in, a bend for a part.
         # What matters in none need not be known.
         most = np.abs(self._target).max(axis=0)
         share = np.where(np.arange(len(most)) < len(TERMS), 1.0, DOUBT)

@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from calibrate.measured_profile import MeasuredProfile
-from sim.profile import TermParameters
+from sim.profile import Parameter, TermParameters
 
 _UNITS = {
     "per_iteration": (1e3, "ms"),
@@ -26,9 +26,9 @@ def print_measured(name: str, found: MeasuredProfile, console: Console) -> None:
     for heading in ("term", "value", "90 % interval"):
         table.add_column(heading, justify="left" if heading == "term" else "right")
     for field, (factor, unit) in _UNITS.items():
-        value = getattr(terms, field)
-        low, high = factor * value.low, factor * value.high
-        table.add_row(field, f"{factor * value.value:.4g} {unit}", f"{low:.4g} to {high:.4g}")
+        _add(table, field, getattr(terms, field), factor, unit)
+    for knot in terms.matrix_knots:
+        _add(table, f"matrix work of {knot.tokens} tokens", knot.seconds, 1e3, "ms")
     if profile.front_end is not None:
         for field, seconds in profile.front_end.model_dump().items():
             table.add_row(f"front end {field.removesuffix('_s')}", f"{1e6 * seconds:.4g} µs", "")
@@ -49,3 +49,10 @@ def print_measured(name: str, found: MeasuredProfile, console: Console) -> None:
         )
     for line in lines:
         console.print(line, highlight=False)
+
+
+def _add(table: Table, name: str, value: Parameter, factor: float, unit: str) -> None:
+    interval = (
+        "" if value.low is None or value.high is None else f"{factor * value.low:.4g} to {factor * value.high:.4g}"
+    )
+    table.add_row(name, f"{factor * value.value:.4g} {unit}", interval)

@@ -62,7 +62,7 @@ def fit_folder(measured: MeasurementFolder) -> MeasuredProfile:
     except TooFewRecordsError as error:
         raise MeasurementError(f"{measured.folder}: {error}") from error
     fitted, parameters = term_parameters(seen, graph_sizes=sizes)
-    errors = held_out_errors(seen, graph_sizes=sizes)
+    errors = held_out_errors(seen, fitted)
     profile = Profile(
         name=profile_name(
             meta.expert.model,

@@ -45,7 +45,7 @@ class RouterCosts(Spec):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Load:
+class Traffic:
     """One stretch of traffic."""
 
     requests: int
@@ -135,7 +135,7 @@ def classification_s(file: LoadedFleetFile, prompts: _Prompts) -> tuple[float, f
     return max(0.0, float(fixed_s)), max(0.0, float(per_token_s))
 
 
-def costs_of(short: "_Load", long: "_Load", idle_share: float, per_prompt_token_s: float) -> tuple[float, float]:
+def costs_of(short: "Traffic", long: "Traffic", idle_share: float, per_prompt_token_s: float) -> tuple[float, float]:
     """Return CPU seconds a request and an output token from two loads; ``idle_share`` is the CPU of an idle gateway."""
     each_short_s = (short.cpu_s - idle_share * short.took_s) / short.requests
     each_long_s = (long.cpu_s - idle_share * long.took_s) / long.requests
@@ -173,7 +173,7 @@ async def _measure(
     )
 
 
-async def _load(client: Any, pid: int, prompts: _Prompts, output_tokens: int) -> _Load:
+async def _load(client: Any, pid: int, prompts: _Prompts, output_tokens: int) -> Traffic:
     begin_s, before_s = time.monotonic(), _gateway_cpu_s(pid)
 
     async def user() -> int:
@@ -184,7 +184,7 @@ async def _load(client: Any, pid: int, prompts: _Prompts, output_tokens: int) ->
         return requests
 
     requests = sum(await asyncio.gather(*[user() for _ in range(USERS)]))
-    return _Load(
+    return Traffic(
         requests=requests,
         output_tokens=output_tokens,
         cpu_s=_gateway_cpu_s(pid) - before_s,

@@ -1,6 +1,8 @@
 """Calibrated service curves as files: a versioned JSON profile, and the curve it describes."""
 
 import bisect
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -50,8 +52,19 @@ class Parameter(Spec):
         return self
 
 
+class MatrixKnot(Spec):
+    """Matrix work of a batch of so many tokens, beyond that of a single one."""
+
+    tokens: PositiveInt
+    seconds: Parameter
+
+
 class TermParameters(Spec):
-    """Terms of one iteration, each in seconds and none negative, so that time grows with every part of the work."""
+    """Terms of one iteration, each in seconds and none negative, so that time grows with every part of the work.
+
+    Where matrix work is not proportional to tokens (on a CPU it changes its method with the size of a small batch),
+    ``matrix_knots`` give it at a few sizes; it is linear between them and grows by ``per_token`` after the last.
+    """
 
     kind: Literal["terms"] = "terms"
     per_iteration: Annotated[Parameter, Field(description="constant: host and launches")]
@@ -61,6 +74,19 @@ class TermParameters(Spec):
     per_prefill_chunk: Annotated[Parameter, Field(description="per request that prefills")]
     per_decode: Annotated[Parameter, Field(description="per request that decodes: sampling, bookkeeping")]
     per_kv_token: Annotated[Parameter, Field(description="reading one token's KV")]
+    matrix_knots: list[MatrixKnot] = Field(
+        default=[], description="matrix work of small batches, ascending; empty: per_token times the tokens"
+    )
+
+    @model_validator(mode="after")
+    def _monotone(self) -> Self:
+        for before, after in pairwise(self.matrix_knots):
+            if after.tokens <= before.tokens or after.seconds.value < before.seconds.value:
+                raise ValueError(
+                    f"matrix_knots must ascend in tokens and never fall in seconds, got {before.tokens} tokens in "
+                    f"{before.seconds.value:g} s before {after.tokens} in {after.seconds.value:g} s"
+                )
+        return self
 
 
 class RooflineParameters(Spec):
@@ -179,12 +205,26 @@ def source_of(profile: Profile) -> CurveSource:
     )
 
 
+def matrix_work_s(tokens: float, knots: Sequence[tuple[float, float]], per_token_s: float) -> float:
+    """Return the matrix work of a batch: on the lines between (tokens, seconds) knots, from 0 at one token on."""
+    if not knots:
+        return per_token_s * tokens
+    before_tokens, before_s = 1.0, 0.0
+    for knot_tokens, knot_s in knots:
+        if tokens <= knot_tokens:
+            share = (tokens - before_tokens) / (knot_tokens - before_tokens) if knot_tokens > before_tokens else 1.0
+            return before_s + max(0.0, share) * (knot_s - before_s)
+        before_tokens, before_s = knot_tokens, knot_s
+    return before_s + per_token_s * (tokens - before_tokens)
+
+
 class ProfileCurve:
     """Service curve of a profile of terms; fulfils ``sim.service_curve.ServiceCurve``.
 
     One iteration takes ``per_iteration + max(weights, per_token * tokens) + per_attention_pair * pairs
     + per_prefill_chunk * chunks + per_decode * decodes + per_kv_token * KV tokens``, where ``tokens`` is prefill and
-    decode tokens together, rounded up to the next captured size if there is one.
+    decode tokens together, rounded up to the next captured size if there is one. With knots the matrix work runs
+    through them instead of ``per_token * tokens``.
     """
 
     def __init__(self, profile: Profile) -> None:
@@ -200,6 +240,7 @@ class ProfileCurve:
         self._per_iteration_s = terms.per_iteration.value
         self._weights_s = terms.weights.value
         self._per_token_s = terms.per_token.value
+        self._knots = [(knot.tokens, knot.seconds.value) for knot in terms.matrix_knots]
         self._per_pair_s = terms.per_attention_pair.value
         self._per_chunk_s = terms.per_prefill_chunk.value
         self._per_decode_s = terms.per_decode.value
@@ -235,7 +276,7 @@ class ProfileCurve:
         if seconds is None:
             place = bisect.bisect_left(self._sizes, tokens)
             padded = self._sizes[place] if place < len(self._sizes) else tokens
-            seconds = max(self._weights_s, self._per_token_s * padded)
+            seconds = max(self._weights_s, matrix_work_s(padded, self._knots, self._per_token_s))
             self._matrix_s_by_tokens[tokens] = seconds
         return seconds
 

@@ -93,6 +93,37 @@ def test_decode_piece_gives_the_iteration_time(decodes: int, kv_tokens: int) -> 
     assert math.isclose(in_closed_form, measured, rel_tol=1e-12)
 
 
+KNOTS = [{"tokens": n, "seconds": parameter(s)} for n, s in ((4, 2e-3), (16, 2e-3), (64, 9e-3))]
+
+
+def with_knots(knots: list[dict[str, Any]]) -> dict[str, Any]:
+    content = document(cuda_graph_sizes=[])
+    content["parameters"] |= {"matrix_knots": knots, "weights": parameter(0.0)}
+    return content
+
+
+def test_matrix_work_runs_through_its_knots_and_on_with_the_last_slope() -> None:
+    curve = ProfileCurve(Profile.model_validate(with_knots(KNOTS)))
+    matrix_s = {n: curve.decode_piece(n, 0).fixed_s - 1e-3 - n * 1e-5 for n in (1, 4, 10, 16, 40, 64, 164)}
+    assert matrix_s == pytest.approx(
+        {1: 0.0, 4: 2e-3, 10: 2e-3, 16: 2e-3, 40: 5.5e-3, 64: 9e-3, 164: 9e-3 + 100 * 2e-5}, abs=1e-12
+    )
+
+
+@given(st.integers(0, 2000), st.integers(0, 2000), st.integers(1, 300))
+def test_matrix_work_with_knots_never_falls(prefill_tokens: int, decodes: int, more: int) -> None:
+    curve = ProfileCurve(Profile.model_validate(with_knots(KNOTS)))
+    work = IterationWork(prefill_tokens, 1, 0.0, 0, decodes, 0)
+    larger = work._replace(decodes=decodes + more)
+    assert curve.iteration_s(larger) >= curve.iteration_s(work)
+
+
+@pytest.mark.parametrize("knots", [[KNOTS[1], KNOTS[0]], [KNOTS[0], {"tokens": 16, "seconds": parameter(1e-3)}]])
+def test_knots_that_fall_are_refused(knots: list[dict[str, Any]]) -> None:
+    with pytest.raises(ValidationError, match="matrix_knots must ascend in tokens and never fall in seconds"):
+        Profile.model_validate(with_knots(knots))
+
+
 works = st.builds(
     IterationWork,
     st.integers(0, 8192),

@@ -1,0 +1,87 @@
+"""What requests and tokens cost in a front end comes out of sending times and the log."""
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from calibrate.front_end_fit import fit_front_end
+from calibrate.iteration_records import SentRequest, reconstruct, sent_frame
+from calibrate.measurement_files import MeasuredPoint
+from calibrate.router_measure import PROMPT_TOKENS, Traffic, costs_of
+from tests.iteration_runs import SETTINGS, TRUTH, run_engine
+
+REQUEST_S, DELAY_S, TOKEN_S, PROMPT_TOKEN_S = 4e-3, 6e-3, 2e-4, 2e-6
+
+
+def point(label: str, sent: list[SentRequest], *, one_by_one: bool) -> tuple[MeasuredPoint, pd.DataFrame, pd.DataFrame]:
+    """Serve a point through a front end with the costs above."""
+
+    def entry_s(number: int) -> float:
+        work_s = REQUEST_S * (1 if one_by_one else number + 1)
+        return work_s + DELAY_S
+
+    lines, seen = run_engine(sent, entry_s=entry_s)
+    ends = {line.ended_s: line.context_requests + line.generation_requests for line in lines}
+
+    def received_s(time_s: float) -> float:
+        end_s = max(end for end in ends if end <= time_s)
+        return end_s + TOKEN_S * ends[end_s]
+
+    seen = [
+        replace(r, first_token_s=received_s(r.first_token_s), last_token_s=received_s(r.last_token_s)) for r in seen
+    ]
+    prompts, outputs = sum(r.prompt_tokens for r in sent), sum(r.output_tokens for r in sent)
+    records = reconstruct(lines, seen, SETTINGS, label)
+    measured = MeasuredPoint(
+        label=label,
+        started_s=0,
+        took_s=1,
+        requests=len(sent),
+        prompt_tokens=prompts,
+        output_tokens=outputs,
+        iterations=len(lines),
+        matched=1,
+        front_end_cpu_s=1e-3 * len(sent) + PROMPT_TOKEN_S * prompts + 1e-4 * outputs + 5e-4 * len(lines),
+    )
+    return measured, records, sent_frame(seen)
+
+
+def requests(label: str, count: int, prompt: int, output: int, gap_s: float) -> list[SentRequest]:
+    return [
+        SentRequest(point=label, number=n, prompt_tokens=prompt, output_tokens=output, sent_s=gap_s * n)
+        for n in range(count)
+    ]
+
+
+def test_costs_are_found_from_simultaneous_and_idle_requests() -> None:
+    parts = [
+        point(f"steps batch={n}#1", requests(f"steps batch={n}#1", n, prompt, 24, 0.0), one_by_one=False)
+        for n, prompt in ((4, 16), (8, 300), (16, 16), (24, 64), (32, 16))
+    ]
+    parts += [
+        point(f"idle prompt={n}#1", requests(f"idle prompt={n}#1", 3, n, 6, 5.0), one_by_one=True)
+        for n in (16, 128, 400)
+    ]
+    points, records, sent = zip(*parts, strict=True)
+    front_end = fit_front_end(list(points), pd.concat(sent), pd.concat(records), SETTINGS, TRUTH)
+    assert front_end is not None
+    assert front_end.per_request_s == pytest.approx(REQUEST_S, rel=0.2)
+    assert front_end.per_output_token_s == pytest.approx(TOKEN_S, rel=0.1)
+    assert front_end.per_prompt_token_s == pytest.approx(PROMPT_TOKEN_S, rel=0.1)
+    assert front_end.delay_s == pytest.approx(DELAY_S, abs=1.5e-3)
+
+
+def test_too_few_points_give_no_front_end() -> None:
+    measured, records, sent = point("idle prompt=16#1", requests("idle prompt=16#1", 3, 16, 6, 5.0), one_by_one=True)
+    assert fit_front_end([measured], sent, records, SETTINGS, TRUTH) is None
+
+
+def test_router_costs_come_from_two_output_lengths_without_the_idle_gateway() -> None:
+    def load(output_tokens: int, requests: int) -> Traffic:
+        work_s = 3e-4 + 1e-6 * PROMPT_TOKENS + 4e-5 * output_tokens
+        return Traffic(requests=requests, output_tokens=output_tokens, cpu_s=requests * work_s + 0.06, took_s=6.0)
+
+    per_request_s, per_output_token_s = costs_of(load(4, 800), load(64, 200), 0.01, 1e-6)
+    assert per_request_s == pytest.approx(3e-4)
+    assert per_output_token_s == pytest.approx(4e-5)
