@@ -9,6 +9,7 @@ is CPU time of the API server process. What an idle request waits beyond all thi
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -20,10 +21,15 @@ from calibrate.iteration_fit import TermFit
 from calibrate.iteration_records import admissions, lines_of, sent_of
 from calibrate.measurement_files import MeasuredPoint
 from sim.fleet import EngineSettings
-from sim.profile import FrontEndCosts
+from sim.profile import FrontEndCosts, Parameter
 from sim.service_curve import IterationWork
+from sim.streams import stream
+
+T = TypeVar("T")
 
 FEWEST_POINTS = 4
+RESAMPLES = 50
+CONFIDENCE = 0.9
 FEWEST_TOGETHER = 4
 """Requests of a point from which on their entries tell of the work on one."""
 
@@ -35,34 +41,58 @@ def fit_front_end(
     settings: EngineSettings,
     fitted: TermFit,
 ) -> FrontEndCosts | None:
-    """Return the front end's costs; None when too little was measured."""
-    samples = [(label, sample) for label, sample in _samples(requests, iterations, settings)]
-    together = [sample for _, sample in samples if len(sample.sent) >= FEWEST_TOGETHER]
-    idle = [sample for label, sample in samples if label.startswith("idle")]
-    if len(together) < FEWEST_POINTS or not idle:
+    """Return the front end's costs with 90 % intervals over resampled points; None when too little was measured."""
+    samples = dict(_samples(requests, iterations, settings))
+    together = [label for label, sample in samples.items() if len(sample.sent) >= FEWEST_TOGETHER]
+    idle = {label: _idle_waits(samples[label], iterations, fitted) for label in samples if label.startswith("idle")}
+    if len(together) < FEWEST_POINTS or not any(len(waits) for waits in idle.values()):
         return None
-    per_request_s = fit_entry(together).per_request_s
-    per_output_token_s = _token_work_s([sample for _, sample in samples])
-    per_prompt_token_s = _prompt_token_cpu_s(points)
-    waits_s = []
-    for sample in idle:
-        records = iterations[iterations["point"] == sample.sent[0].point]
-        works = records[[*IterationWork._fields]].to_numpy(dtype=np.float64)
-        for request, number in zip(sample.sent, sample.admitted, strict=True):
-            if number is None:
-                continue
-            last = bisect_right([line.ended_s for line in sample.lines], request.first_token_s) - 1
-            engine_s = float(fitted.predict_s(works[number : max(last, number) + 1]).sum())
-            work_s = per_request_s + per_prompt_token_s * request.prompt_tokens + per_output_token_s
-            waits_s.append(request.first_token_s - request.sent_s - work_s - engine_s)
-    if not waits_s:
-        return None
+
+    def estimate(draw: Draw) -> NDArray[np.float64]:
+        per_request_s = fit_entry([samples[label] for label in draw(together)]).per_request_s
+        per_output_token_s = _token_work_s([samples[label] for label in draw(list(samples))])
+        per_prompt_token_s = _prompt_token_cpu_s(draw(points))
+        waits = np.concatenate([idle[label] for label in draw(list(idle))])
+        work_s = per_request_s + per_prompt_token_s * waits[:, 1] + per_output_token_s
+        delay_s = max(0.0, float(np.median(waits[:, 0] - work_s)))
+        return np.array([delay_s, per_request_s, per_prompt_token_s, per_output_token_s])
+
+    values = estimate(Draw(None))
+    drawn = [estimate(Draw(stream(0, "front end", number))) for number in range(RESAMPLES)]
+    low, high = np.quantile([values, *drawn], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
     return FrontEndCosts(
-        delay_s=_digits(max(0.0, float(np.median(waits_s)))),
-        per_request_s=_digits(per_request_s),
-        per_prompt_token_s=_digits(per_prompt_token_s),
-        per_output_token_s=_digits(per_output_token_s),
+        **{
+            name: Parameter(value=_digits(value), low=_digits(min(least, value)), high=_digits(max(most, value)))
+            for name, value, least, most in zip(FrontEndCosts.model_fields, values, low, high, strict=True)
+        }
     )
+
+
+class Draw:
+    """Gives items as they are, or as many drawn with replacement."""
+
+    def __init__(self, rng: np.random.Generator | None):
+        self._rng = rng
+
+    def __call__(self, items: Sequence[T]) -> list[T]:
+        """Return the items or a draw of them."""
+        if self._rng is None:
+            return list(items)
+        return [items[index] for index in self._rng.integers(len(items), size=len(items))]
+
+
+def _idle_waits(sample: EntrySample, iterations: pd.DataFrame, fitted: TermFit) -> NDArray[np.float64]:
+    """Return what each idle request waited beyond its iterations, and its prompt tokens; shape (requests, 2)."""
+    records = iterations[iterations["point"] == sample.sent[0].point]
+    works = records[[*IterationWork._fields]].to_numpy(dtype=np.float64)
+    found = []
+    for request, number in zip(sample.sent, sample.admitted, strict=True):
+        if number is None:
+            continue
+        last = bisect_right([line.ended_s for line in sample.lines], request.first_token_s) - 1
+        engine_s = float(fitted.predict_s(works[number : max(last, number) + 1]).sum())
+        found.append((request.first_token_s - request.sent_s - engine_s, float(request.prompt_tokens)))
+    return np.array(found, np.float64).reshape(-1, 2)
 
 
 def _samples(
