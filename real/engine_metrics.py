@@ -84,7 +84,7 @@ class EngineMetrics:
         deadline_s = monotonic() + within_s
         while monotonic() < deadline_s:
             found = await asyncio.gather(*(asyncio.to_thread(read_metrics, each.url) for each in self._replicas))
-            if not any(figures.get("running", 0) + figures.get("waiting", 0) for figures in found):
+            if any(found) and not any(figures.get("running", 0) + figures.get("waiting", 0) for figures in found):
                 return True
             await asyncio.sleep(0.2)
         return False

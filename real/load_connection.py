@@ -94,9 +94,13 @@ class LoadConnection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         """Fail the exchange that was on it."""
         exchange, self._exchange, self._transport = self._exchange, None, None
-        if exchange is not None:
-            kind = "connection lost" if exchange.chunk_s or exchange.status else "connection lost before an answer"
-            self._client.end(exchange, kind, str(error or "closed by the server"))
+        if exchange is None:
+            return
+        if exchange.failure or self._done:  # all was said before
+            self._client.end(exchange, exchange.failure, exchange.detail)
+            return
+        kind = "connection lost" if exchange.chunk_s or exchange.status else "connection lost before an answer"
+        self._client.end(exchange, kind, str(error or "closed by the server"))
 
     # ---------------------------------------------------------------------------------------- called by the parser
 

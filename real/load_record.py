@@ -248,12 +248,13 @@ def _gaps(sent: Sequence[Sent], requests: dict[str, NDArray[Any]], window_s: tup
 
 def _failures(sent: Sequence[Sent]) -> Iterator[str]:
     """One note: how many requests failed, of what kind, and an example of each."""
-    kinds = Counter(each.exchange.failure for each in sent if each.exchange.failure)
+    failed = [each for each in sent if each.exchange.failure and not isnan(each.exchange.ended_s)]
+    kinds = Counter(each.exchange.failure for each in failed)
     if not kinds:
         return
     details: dict[str, str] = {}
-    for each in sent:
-        if each.exchange.failure and each.exchange.detail:
+    for each in failed:
+        if each.exchange.detail:
             details.setdefault(each.exchange.failure, each.exchange.detail)
     parts = []
     for kind, count in kinds.most_common(MAX_LISTED_FAILURES):
@@ -265,11 +266,11 @@ def _failures(sent: Sequence[Sent]) -> Iterator[str]:
 
 def _other_lengths(sent: Sequence[Sent]) -> Iterator[str]:
     """Notes where the server counted other tokens than were asked for, or sent several in a chunk."""
-    done = [each for each in sent if each.exchange.usage is not None and not each.exchange.failure]
-    completed = sum(1 for each in sent if not isnan(each.exchange.ended_s) and not each.exchange.failure)
-    if completed > len(done):
+    completed = [each for each in sent if not isnan(each.exchange.ended_s) and not each.exchange.failure]
+    done = [each for each in completed if each.exchange.usage is not None]
+    if len(completed) > len(done):
         yield (
-            f"{completed - len(done):,} answers came without usage: their token counts are what was asked for, "
+            f"{len(completed) - len(done):,} answers came without usage: their token counts are what was asked for, "
             "not what the engine counted"
         )
     if not done:

@@ -139,14 +139,14 @@ class PromptWriter:
         self._text = " " + " ".join(words)
         lengths = np.array([len(word) + 1 for word in words], np.int64)
         self._at = np.concatenate(([0], np.cumsum(lengths)))  # of each word's blank in the text
-        self._after = np.concatenate(([0], np.cumsum(self._counts([f" {word}" for word in words]))))
+        self._after = np.concatenate(([0], np.cumsum(self._counts_within([f" {word}" for word in words]))))
         self._total = int(self._after[-1])
         distinct = list(dict.fromkeys(words))
-        one = self._counts([f" {word}" for word in distinct]) == 1
+        one = self._counts_within([f" {word}" for word in distinct]) == 1
         # Where no word is a single token, some digit or letter is.
         self._fillers = [f" {word}" for word, is_one in zip(distinct, one, strict=True) if is_one and word.isalpha()]
         self._fillers = self._fillers or [f" {letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
-        self._number_tokens = self._counts([f" {number:03}" for number in range(NUMBERS)])
+        self._number_tokens = self._counts_within([f" {number:03}" for number in range(NUMBERS)])
         self._blank_tokens = self._leading_blank()
         self._prefixes: dict[tuple[int, int], str] = {}
         self._to_check = CHECKED
@@ -227,11 +227,12 @@ class PromptWriter:
         return self._text[self._at[first] : self._at[last]]
 
     def _mended(self, request: PromptRequest, text: str, counted: int) -> tuple[str, int]:
-        """Ask for as many tokens more or less as it is off, a few times; keep what is nearest."""
+        """Ask for more or less, first in proportion, then by what it is off; keep what is nearest."""
         asked = request.tokens
         best = text, counted
-        for _ in range(MENDING_ROUNDS):
-            asked = max(1, asked + request.tokens - counted)
+        for attempt in range(MENDING_ROUNDS):
+            off = request.tokens - counted
+            asked = max(1, round(asked * request.tokens / counted) if not attempt else asked + off)
             text = self._draft(request, asked)
             counted = int(self._counts([text], special=True)[0])
             if abs(counted - request.tokens) < abs(best[1] - request.tokens):
@@ -244,7 +245,12 @@ class PromptWriter:
         encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=special)
         return np.array([len(each) for each in encoded], np.int64)
 
+    def _counts_within(self, texts: Sequence[str]) -> NDArray[np.int64]:
+        """Tokens of each text behind other text: some tokenizers put a mark of their own before the first word."""
+        before = "a"
+        return self._counts([before + text for text in texts]) - self._counts([before])
+
     def _leading_blank(self) -> int:
         """1 where a text without its leading blank has as many tokens as with it, for every word a text begins with."""
         sample = [f" {self._words[start]}" for start in self._starts[:256]] + [f" {n:03}" for n in range(NUMBERS)]
-        return int((self._counts(sample) == self._counts([text[1:] for text in sample])).all())
+        return int((self._counts_within(sample) == self._counts([text[1:] for text in sample])).all())

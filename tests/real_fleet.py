@@ -49,6 +49,23 @@ def train_tokenizer(*, by_words: bool = True) -> Any:
     return tokenizer
 
 
+def train_marking_tokenizer() -> Any:
+    """A tokenizer that marks word beginnings, the first one too, as SentencePiece does."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    trainer = trainers.UnigramTrainer(
+        vocab_size=300,
+        special_tokens=["<unk>"],
+        unk_token="<unk>",
+        initial_alphabet=list("0123456789"),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text for texts in TEXTS.values() for text in texts], trainer)
+    return tokenizer
+
+
 def write_checkpoint(folder: Path) -> Path:
     """A folder with nothing but a tokenizer."""
     folder.mkdir()

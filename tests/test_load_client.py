@@ -191,3 +191,15 @@ def test_a_client_that_is_held_up_says_so() -> None:
     notes = asyncio.run(held_up(0.05))
     assert any("did not keep up" in note for note in notes)
     assert any("sent late: by 500.0 ms" in note for note in notes)
+
+
+@pytest.mark.parametrize(("parts", "failure"), [(4, ""), (3, "connection lost"), (0, "connection lost")])
+def test_a_connection_cut_after_the_end_was_said_fails_nothing(parts: int, failure: str) -> None:
+    listener: Any = _Listener()
+    connection = LoadConnection(listener)
+    connection.connection_made(_Nowhere())
+    exchange = Exchange(lambda ended: None)
+    connection.start(exchange, b"")
+    connection.data_received(ANSWER + b"".join(b"%x\r\n%b\r\n" % (len(each), each) for each in EVENTS[:parts]))
+    connection.connection_lost(None)
+    assert listener.ended == [(exchange, failure)]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from real.prompts import CHECKED, SHORTEST_NUMBERED, PromptRequest, PromptWriter, read_corpus, texts_of_classes
-from tests.real_fleet import TEXTS, train_tokenizer, write_corpus
+from tests.real_fleet import TEXTS, train_marking_tokenizer, train_tokenizer, write_corpus
 
 LENGTHS = [1, 2, 3, 7, 16, 17, 18, 25, 64, 200, 1000]
 
@@ -63,6 +63,13 @@ def test_a_prompt_is_text_of_its_class(tokenizer: object) -> None:
     words = {word for text in TEXTS["chat"] for word in text.split()}
     assert all(word in words for word in prompt.split()[3:])
     assert TEXTS["chat"][2] in prompt
+
+
+def test_prompts_are_exact_for_tokenizers_that_mark_the_beginnings_of_words() -> None:
+    tokenizer = train_marking_tokenizer()
+    asked = [PromptRequest(20 + n % 50, n, n) for n in range(3 * CHECKED)]
+    prompts = PromptWriter(TEXTS["code"], tokenizer).write(asked)
+    assert [len(ids(tokenizer, prompt.text)) for prompt in prompts] == [request.tokens for request in asked]
 
 
 def test_where_words_do_not_add_up_prompts_are_counted_and_mended() -> None:
