@@ -181,6 +181,11 @@ def test_logs_of_real_failures_are_told_in_plain_words(name: str, words: str) ->
             "Traceback ...\nSomeError: a thing broke\nRuntimeError: Engine core initialization failed. See",
             "SomeError: a",
         ),
+        (
+            "(EngineCore pid=1) ERROR 11-25 23:38:33 1795649913.345762 [multiproc_executor.py:315] Worker proc "
+            "VllmWorker-0 died unexpectedly (exit code: None), shutting down executor.\nRuntimeError: Executor failed.",
+            "one of its processes crashed or was killed (Worker proc VllmWorker-0 died unexpectedly",
+        ),
         ("all was well", "it ended with status 3; the last line of its log: all was well"),
     ],
 )
