@@ -1,4 +1,4 @@
-"""``expert-router calibrate``: how wrong predictions are on measured runs."""
+"""``expert-router calibrate``: its commands, and how wrong predictions are on measured runs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 
 @click.group("calibrate", context_settings=HELP)
 def command() -> None:
-    """Fit profiles to measured runs, and tell how wrong predictions of them are."""
+    """Measure real engines, fit profiles, and tell how wrong predictions are."""
 
 
 @command.command("validate", context_settings=HELP)
@@ -139,8 +139,10 @@ def _command_line() -> str:
     return " ".join(words)
 
 
+from calibrate.batches_command import batches_command  # noqa: E402
 from calibrate.fit_command import fit_command  # noqa: E402
 from calibrate.measure_command import measure_command  # noqa: E402
 
+command.add_command(batches_command)
 command.add_command(fit_command)
 command.add_command(measure_command)

@@ -188,7 +188,7 @@ def _batches(
     predicted: Result, measured: Sequence[Result], fleet: str, running: RunningFleet
 ) -> dict[str, tuple[Sequence[float], Sequence[float]]]:
     """Requests per iteration at the highest load, from the simulation and from the engines' logs."""
-    found = {}
+    found: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
     record = predicted.runs[-1]
     windows = [
         tuple(real.began_monotonic_s + edge_s for edge_s in real.window_s)

@@ -19,6 +19,8 @@ from sim.fleet import EngineSettings
 
 WORKS_S = (0.0, *(float(f"{value:.3g}") for value in np.geomspace(2e-4, 5e-2, 49)))
 """Seconds of work a request, to choose from."""
+NEARLY = 0.01
+"""Share of the requests by which agreements are taken as equal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +71,7 @@ def decision_times(lines: Sequence[IterationLine]) -> list[float]:
 
 
 def fit_entry(samples: Iterable[EntrySample], works_s: Sequence[float] = WORKS_S) -> Entry:
-    """Return the work and delay that most requests agree with; of equally good ones the middle."""
+    """Return the work and delay that most requests agree with."""
     windows = [(sample.sent, *_windows(sample)) for sample in samples]
     usable = sum(int(np.isfinite(latest_s).sum()) for _, _, latest_s in windows)
     found: list[tuple[int, float, float]] = []
@@ -83,9 +85,11 @@ def fit_entry(samples: Iterable[EntrySample], works_s: Sequence[float] = WORKS_S
         inside, delay_s = _most_covered(earliest_s, latest_s)
         found.append((inside, work_s, delay_s))
     most = max(inside for inside, _, _ in found)
-    best = [each for each in found if each[0] == most]
-    _, work_s, delay_s = best[len(best) // 2]
-    return Entry(per_request_s=work_s, delay_s=delay_s, agreeing=most / usable if usable else 0.0, usable=usable)
+    good = [each for each in found if each[0] >= most - NEARLY * usable]
+    # No work at all where that explains the entries as well: then requests came too far apart to tell.
+    inside, work_s, delay_s = good[0] if good[0][1] == 0 else good[len(good) // 2]
+    agreeing = inside / usable if usable else 0.0
+    return Entry(per_request_s=work_s, delay_s=delay_s, agreeing=agreeing, usable=usable)
 
 
 def _windows(sample: EntrySample) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -1,13 +1,11 @@
 """A real engine while it is measured: started as ``serve`` would start it, with its log and its processes in view."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from calibrate.machine import command_line, cpu_seconds, processes_under
-from real.iteration_log import LOGGING_CONFIG_VARIABLE, write_logging_config
 from sim.fleet import EngineSettings
 from sim.spec import EngineSpec, ExpertSpec
 
@@ -92,8 +90,6 @@ class RunningExpert:
         from real.expert_server import EngineFailedError, ExpertServer, plan_replica
         from real.guarded_process import LifeLine
 
-        folder.mkdir(parents=True, exist_ok=True)
-        os.environ[LOGGING_CONFIG_VARIABLE] = str(write_logging_config(folder / "logging.json").resolve())
         self._life = LifeLine()
         try:
             placement = Placement(cores=cores) if cores else place_replicas({name: spec})[0][name][0]
@@ -107,8 +103,6 @@ class RunningExpert:
         except BaseException:
             self._life.close()
             raise
-        finally:
-            os.environ.pop(LOGGING_CONFIG_VARIABLE, None)
         settings = plan.settings
         found = {name: value for name in _SETTINGS if (value := getattr(report, name)) is not None}
         if report.num_gpu_blocks is not None:
@@ -133,7 +127,7 @@ class RunningExpert:
             ),
             num_gpu_blocks=settings.num_kv_blocks + 1,
             cores=placement.cores,
-            command=tuple(self._server._process.command),
+            command=tuple(self._server.command),
         )
         self._front_end = _front_end_of(self._server.pid)
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @click.command("fit", context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("runs", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("runs", type=click.Path(path_type=Path))
 @click.option(
     "--expert",
     "experts",
@@ -49,7 +49,8 @@ def fit_command(
     """Fit corrections of the roofline and engine overheads to RUNS (CSV) and write one profile per expert.
 
     Prints every parameter with its interval, the errors on experiments left out of the fit, what was not used and why,
-    and what to measure next.
+    and what to measure next. RUNS may also be a folder that ``calibrate measure`` wrote: its engines' iterations then
+    become profiles of terms, with what they were measured on and with.
     """
     from calibrate.fit import fit, group_of_version, held_out_errors
     from calibrate.fit_report import print_fit, print_suggestions
@@ -59,6 +60,15 @@ def fit_command(
     from calibrate.profiles import llama_family as llama_experts
 
     messages, console = Console(stderr=True), Console()
+    if runs.is_dir():
+        from calibrate.folder_fit import fit_folders
+
+        if experts or llama_family or engine or engine_version:
+            raise click.UsageError(
+                f"{runs} is a folder of measurements, which say what they are of: only --out applies"
+            )
+        fit_folders(runs, out, messages, console)
+        return
     try:
         asked = [*map(expert_key, experts), *(llama_experts() if llama_family else [])]
         measured = read_measured_runs(runs)

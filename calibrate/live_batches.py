@@ -145,10 +145,11 @@ def _let_in(
         return
     have = sum(r.prompt_tokens - r.computed_tokens for r in engine.running if r.last_iteration < 0)
     have += sum(r.prompt_tokens for r in waiting)
+    budget = engine.settings.max_num_batched_tokens - want.generation_tokens
     # Of equally possible ones the set whose tokens fit the log.
     chosen = list(allowed[:missing])
     for others in combinations(allowed[: missing + 8], missing) if missing <= 8 else ():
-        if have + sum(ours[each].prompt_tokens for each in others) == want.context_tokens:
+        if min(have + sum(ours[each].prompt_tokens for each in others), budget) == want.context_tokens:
             chosen = list(others)
             break
     for each in chosen:

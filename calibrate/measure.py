@@ -76,10 +76,13 @@ def measure_expert(
     port: int = 8100,
     command: Sequence[str] = (),
     progress: Progress = lambda _seconds, _what: None,
+    afterwards: Callable[[EngineUnderTest], None] | None = None,
 ) -> Outcome:
     """Measure an expert for so many minutes in all, those already in the folder included.
 
-    A lost engine is started again, at most MOST_RESTARTS times; the point it was lost at is measured again.
+    A lost engine is started again, at most MOST_RESTARTS times; the point it was lost at is measured again. When all is
+    measured, ``afterwards`` is called with the engine before it is stopped; it is not called when nothing was left to
+    measure.
 
     Raises:
         EngineGoneError: it did not come up, and nothing has been measured before.
@@ -87,7 +90,7 @@ def measure_expert(
     """
     measured = MeasurementFolder(folder)
     budget_s = 60 * minutes
-    if measured.meta is not None and measured.meta.measured_s >= budget_s:
+    if measured.meta is not None and measured.meta.complete_minutes >= minutes:
         return Outcome(measured=measured, complete=True)
     for attempt in range(MOST_RESTARTS + 1):
         progress(_seconds(measured), f"{name}: starting the engine")
@@ -101,6 +104,9 @@ def measure_expert(
             measured.begin(_meta(spec, engine, lengths, command))
             session = _Session(name, spec, engine, measured, lengths, budget_s, progress)
             asyncio.run(session.run())
+            measured.note_complete(minutes)
+            if afterwards is not None:
+                afterwards(engine)
             return Outcome(measured=measured, complete=True)
         except (RequestFailedError, EngineGoneError) as error:
             reason = str(error)

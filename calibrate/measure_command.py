@@ -2,19 +2,10 @@
 
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
-
-if TYPE_CHECKING:
-    from calibrate.measure import Outcome, Progress
-    from calibrate.measure_grid import Lengths
-    from calibrate.measured_experts import DistinctExpert
-    from sim.fleet_file import LoadedFleetFile
 
 _MODEL_FILE = """\
 name: measured
@@ -68,6 +59,7 @@ def measure_command(
     stopped. For the time being the machine should do nothing else.
     """
     from calibrate.engine_under_test import EngineGoneError
+    from calibrate.measure_fleet import measure_experts
     from calibrate.measured_experts import distinct_experts
     from calibrate.measurement_files import MeasurementError
     from sim.fleet_file import FleetFileError, load_fleet, parse_fleet
@@ -86,7 +78,16 @@ def measure_command(
             text = _MODEL_FILE.format(name=model, model=model, quantization=quantization or "bf16", gpu=gpu)
             fleet_file = parse_fleet(text, overrides)
         chosen = distinct_experts(fleet_file, fleets, experts)
-        complete = _measure_all(fleet_file, chosen, minutes, out, messages, whole_file=file is not None)
+        complete = measure_experts(
+            fleet_file,
+            chosen,
+            minutes=minutes,
+            out=out,
+            messages=messages,
+            console=Console(),
+            command=_command_line(),
+            whole_file=file is not None,
+        )
     except (FleetFileError, MeasurementError, EngineGoneError, ValueError, OSError) as error:
         messages.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(2) from None
@@ -95,121 +96,6 @@ def measure_command(
         raise SystemExit(130) from None
     if not complete:
         raise SystemExit(1)
-
-
-def _measure_all(
-    file: "LoadedFleetFile",
-    chosen: "list[DistinctExpert]",
-    minutes: float,
-    out: Path,
-    messages: Console,
-    *,
-    whole_file: bool,
-) -> bool:
-    """Measure every expert and write what comes of it; return whether all were measured completely."""
-    from calibrate.measured_experts import CALIBRATED_FILE, calibrated_yaml, write_text
-
-    complete = True
-    profiles: dict[tuple[str, str], str] = {}
-    for expert in chosen:
-        outcome = _measure_one(file, expert, minutes, out, messages, own_lengths=not whole_file)
-        _fit_and_write(expert.name, outcome, out, messages)
-        profiles |= dict.fromkeys(expert.places, f"{expert.name}.profile.json")
-        complete = complete and outcome.complete
-    if whole_file:
-        note = f"written by {_command_line()}"
-        write_text(out / CALIBRATED_FILE, calibrated_yaml(file, profiles, {}, note))
-        messages.print(
-            f"wrote {out / CALIBRATED_FILE}; expert-router simulate {out / CALIBRATED_FILE}", highlight=False
-        )
-    return complete
-
-
-def _measure_one(
-    file: "LoadedFleetFile",
-    expert: "DistinctExpert",
-    minutes: float,
-    out: Path,
-    messages: Console,
-    *,
-    own_lengths: bool,
-) -> "Outcome":
-    from calibrate.engine_under_test import RunningExpert
-    from calibrate.measure import measure_expert
-
-    with _progress(messages, 60 * minutes) as progress:
-        outcome = measure_expert(
-            expert.name,
-            expert.spec,
-            folder=out / expert.name,
-            lengths=_lengths(file, expert, own_lengths=own_lengths),
-            minutes=minutes,
-            start=RunningExpert,
-            cores=_cores(file, expert),
-            port=file.serve.expert_port,
-            command=_command_line().split(" "),
-            progress=progress,
-        )
-    if not outcome.complete:
-        messages.print(outcome.reason, style="red", highlight=False, markup=False, soft_wrap=True)
-        meta = outcome.measured.meta
-        kept = 0 if meta is None else len(meta.points)
-        messages.print(f"{expert.name}: {kept} points are kept; the same command goes on from there", highlight=False)
-    return outcome
-
-
-def _lengths(file: "LoadedFleetFile", expert: "DistinctExpert", *, own_lengths: bool) -> "Lengths":
-    from calibrate.measure_grid import lengths_of
-    from sim.resolve import engine_limits
-    from sim.traces import read_workload_data
-
-    max_model_len = engine_limits(expert.spec)[0]
-    if own_lengths:
-        return lengths_of(None, read_workload_data(file.workload), max_model_len)
-    return lengths_of(file.workload, read_workload_data(file.workload), max_model_len)
-
-
-def _cores(file: "LoadedFleetFile", expert: "DistinctExpert") -> tuple[int, ...]:
-    """The cores that the expert's first replica gets when its fleet is served."""
-    from real.cores import place_replicas
-
-    fleet, name = expert.places[0]
-    placements, _ = place_replicas(file.fleets[fleet].experts)
-    return placements[name][0].cores
-
-
-def _fit_and_write(name: str, outcome: "Outcome", out: Path, messages: Console) -> None:
-    from calibrate.measure_report import print_measured
-    from calibrate.measured_experts import write_text
-    from calibrate.measured_profile import fit_folder
-
-    found = fit_folder(outcome.measured)
-    path = out / f"{name}.profile.json"
-    write_text(path, found.profile.model_dump_json(indent=1) + "\n")
-    print_measured(name, found, Console())
-    messages.print(f"wrote {path}", highlight=False)
-
-
-@contextmanager
-def _progress(console: Console, budget_s: float) -> "Iterator[Progress]":
-    """Show what is measured and the time left; on a terminal as a bar, elsewhere a line at each engine."""
-    if not console.is_terminal:
-        yield lambda measured_s, what: None if "starting" not in what else console.print(what, highlight=False)
-        return
-    from rich.progress import BarColumn, TextColumn
-    from rich.progress import Progress as Bar
-
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}")
-    with Bar(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=budget_s, left="")
-
-        def show(measured_s: float, what: str) -> None:
-            left_s = max(0.0, budget_s - measured_s)
-            bar.update(
-                task, completed=measured_s, description=what, left=f"{left_s // 60:.0f}:{left_s % 60:02.0f} left"
-            )
-
-        yield show
 
 
 def _command_line() -> str:

@@ -265,10 +265,11 @@ class Choice:
         self.fit = fit
         self._jitter_s = jitter_s
         self._target = self._relative(target)
-        # Before any measurement a term may account for all of a typical iteration, a bend for a part of it.
-        typical = np.maximum(np.abs(self._target).mean(axis=0), 1e-12)
-        share = np.where(np.arange(len(typical)) < len(TERMS), 1.0, DOUBT)
-        self._covariance = np.diag((share / typical) ** 2)
+        # Before any measurement a term may account for all of the iteration it matters most in, a bend for a part of it.
+        # What matters in none need not be known.
+        most = np.abs(self._target).max(axis=0)
+        share = np.where(np.arange(len(most)) < len(TERMS), 1.0, DOUBT)
+        self._covariance = np.diag(np.where(most > 0, share / np.where(most > 0, most, 1.0), 0.0) ** 2)
         self._times: Counter[str] = Counter()
         self._moments = self._target.T @ self._target / len(self._target)
 

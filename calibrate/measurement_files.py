@@ -49,7 +49,12 @@ class MeasuredPoint(Spec):
 
 
 class Meta(Spec):
-    """Everything about a measurement but its rows."""
+    """Everything about a measurement but its rows.
+
+    Attributes:
+        restarts: how often the engine was lost and started again.
+        complete_minutes: the largest budget that was used up; 0 before.
+    """
 
     format_version: int = 1
     expert: ExpertIdentity
@@ -63,6 +68,7 @@ class Meta(Spec):
     date: str
     lengths: dict[str, list[int]]
     restarts: int = 0
+    complete_minutes: float = 0.0
     points: tuple[MeasuredPoint, ...] = ()
 
     @property
@@ -149,11 +155,9 @@ class MeasurementFolder:
             MeasurementError: it could not be written; what was on disk before still is.
         """
         assert self.meta is not None
-        self.iterations = (
-            pd.concat([self.iterations, iterations], ignore_index=True) if len(self.iterations) else iterations
-        )
-        self.requests = pd.concat([self.requests, requests], ignore_index=True) if len(self.requests) else requests
-        self.meta = self.meta.model_copy(update={"points": [*self.meta.points, point]})
+        self.iterations = pd.concat([self.iterations, iterations], ignore_index=True)
+        self.requests = pd.concat([self.requests, requests], ignore_index=True)
+        self.meta = self.meta.model_copy(update={"points": (*self.meta.points, point)})
         try:
             for frame, name in ((self.iterations, ITERATIONS), (self.requests, REQUESTS)):
                 partial = self.folder / f".{name}.partial"
@@ -161,6 +165,12 @@ class MeasurementFolder:
                 partial.replace(self.folder / name)
         except OSError as error:
             raise self._not_written(error) from error
+        self._write_meta()
+
+    def note_complete(self, minutes: float) -> None:
+        """Note that all was measured that so many minutes allow."""
+        assert self.meta is not None
+        self.meta = self.meta.model_copy(update={"complete_minutes": minutes})
         self._write_meta()
 
     def note_restart(self) -> None:

@@ -1,6 +1,7 @@
 """The classifier at work in a gateway: in line for the usual prompt, in a process of its own for a very long one.
 
 A long text would hold up every stream of the worker, and a thread does not spare it: the interpreter lock is shared.
+An embedding takes tens of milliseconds for any text, so it always goes there.
 """
 
 import asyncio
@@ -37,11 +38,12 @@ class Classification:
         self._spec = spec
         self._classes = tuple(classes)
         self._classifier = load_classifier(spec, self._classes)
+        self._inline_characters = -1 if spec.kind == "embedding" else INLINE_CHARACTERS
         self._pool: ProcessPoolExecutor | None = None
 
     async def classify(self, text: str) -> int:
         """Return the index of the text's class."""
-        if len(text) <= INLINE_CHARACTERS:
+        if len(text) <= self._inline_characters:
             return self._classifier.classify(text)
         try:
             return await self._elsewhere(text)

@@ -11,6 +11,7 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
 from real.error_events import error_body
+from sim.serve_spec import TimeoutSpec
 
 _log = logging.getLogger(__name__)
 
@@ -163,9 +164,17 @@ class ClientServer(web.Server):
     """Makes the connections of one listening socket."""
 
     def __init__(
-        self, handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]], deadlines: Any, **settings: Any
+        self,
+        handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
+        deadlines: TimeoutSpec,
+        max_body_bytes: int,
     ) -> None:
-        super().__init__(handler, handler_cancellation=True, **settings)
+        loop = asyncio.get_running_loop()
+
+        def request(message: Any, payload: Any, protocol: Any, writer: Any, task: Any) -> web.BaseRequest:
+            return web.BaseRequest(message, payload, protocol, writer, task, loop, client_max_size=max_body_bytes)
+
+        super().__init__(handler, request_factory=request, handler_cancellation=True)
         self.deadlines = deadlines
 
     def __call__(self) -> ClientConnection:

@@ -6,6 +6,9 @@ from typing import Any
 
 from real.error_events import Refusal
 
+_MOST_VALUES = 500_000
+"""Longest list of values in a body: a few megabytes of empty lists would hold the event loop up for half a second."""
+
 
 def _no_such_number(word: str) -> float:
     raise ValueError(f"{word} is not JSON")
@@ -44,6 +47,8 @@ def parse_completion(body: bytes, *, chat: bool) -> CompletionRequest:
     Raises:
         Refusal: it is no JSON object, or its model or prompt cannot be read.
     """
+    if len(body) > _MOST_VALUES and sum(body.count(mark) for mark in (b",", b"[", b"{")) > _MOST_VALUES:
+        raise _bad(f"it holds more than {_MOST_VALUES:,} values")
     try:
         fields = json.loads(body.decode(), parse_constant=_no_such_number)
     except RecursionError:

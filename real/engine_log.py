@@ -4,7 +4,8 @@ import re
 from dataclasses import dataclass
 
 _PREFIX = re.compile(
-    r"^(?:\(\w[\w-]* pid=\d+\) )?(?:(?:INFO|WARNING|ERROR|CRITICAL) [\d-]+ [\d:]+ (?:\d+\.\d+ )?\[[\w.]+:\d+\] ?)?"
+    r"^(?:\(\w[\w-]* pid=\d+\) )?"
+    r"(?:(?:INFO|WARNING|ERROR|CRITICAL) [\d-]+ [\d:]+ (?:\d+\.\d+ )?\[[\w.]+:\d+\] ?)?"
 )
 
 _STAGES = (

@@ -29,6 +29,8 @@ STOP_GRACE_S = 15.0
 
 _POLL_S = 0.25
 
+_LOGGING_FILE = "vllm-logging.json"
+
 _FAILED_GRACE_S = 10.0  # in which an API server whose engine failed ends of itself, unless it hangs
 
 Progress = Callable[[str], None]
@@ -193,7 +195,7 @@ class ExpertServer:
         self._failed_s: float | None = None
         environment = server_environment(plan)
         if plan.log_iterations:
-            environment[LOGGING_CONFIG_VARIABLE] = str(write_logging_config(logs / "logging.json").resolve())
+            environment[LOGGING_CONFIG_VARIABLE] = str((logs / _LOGGING_FILE).resolve())
         self._process = GuardedProcess(
             server_command(plan),
             log=logs / f"{plan.expert}-{plan.replica}.log",
@@ -211,6 +213,11 @@ class ExpertServer:
     def url(self) -> str:
         """Where it listens."""
         return self.plan.address.url
+
+    @property
+    def command(self) -> list[str]:
+        """The command line of the server."""
+        return self._process.command
 
     @property
     def log(self) -> Path:
@@ -239,6 +246,9 @@ class ExpertServer:
             )
         self.report = None
         self._failed_s = None
+        if self.plan.log_iterations:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            write_logging_config(self.log.parent / _LOGGING_FILE)
         self.started_s = time.monotonic()
         self._process.start()
 

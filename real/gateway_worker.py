@@ -1,6 +1,7 @@
 """One worker process of a gateway: ``python -m real.gateway_worker INDEX PARENT_PID``, its config on stdin."""
 
 import asyncio
+import gc
 import logging
 import signal
 import sys
@@ -26,6 +27,8 @@ READY_LINE = "ready"
 _POLL_S = 0.02
 _FLUSH_S = 0.5
 _BACKLOG = 4096
+_GC_THRESHOLDS = (50_000, 20, 100)
+"""Rarer than Python's: with a thousand streams open, each full collection would hold them all up."""
 
 
 async def serve(config: GatewayConfig, worker: int) -> None:
@@ -53,10 +56,14 @@ async def serve(config: GatewayConfig, worker: int) -> None:
         checks = HealthChecks(routing.replicas, upstream, config.serve.health, tell)
         await checks.first()
         app = GatewayApp(config, keys, forwarding)
-        runner = web.ServerRunner(ClientServer(app.handle, config.serve.timeouts), shutdown_timeout=_FLUSH_S)
+        server = ClientServer(app.handle, config.serve.timeouts, config.serve.limits.max_body_bytes)
+        runner = web.ServerRunner(server, shutdown_timeout=_FLUSH_S)
         await runner.setup()
         await web.TCPSite(runner, config.serve.host, config.serve.port, reuse_port=True, backlog=_BACKLOG).start()
         checking = asyncio.create_task(checks.run())
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*_GC_THRESHOLDS)
         print(READY_LINE, flush=True)
         await stop.wait()
         app.draining = True

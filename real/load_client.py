@@ -1,27 +1,18 @@
-"""The HTTP side of real users: thousands of streamed completions from one process, each chunk with its time.
-
-Built on ``asyncio.Protocol`` and httptools (the parser that vLLM's own server uses) rather than on a client library,
-because a chunk must cost microseconds: with the client on the same machine as what it measures, its work is taken from
-that. A chunk is looked at as bytes; JSON is parsed once an answer, for its usage.
-
-First token is the first chunk with a choice, as in vLLM's load generator. An error event fails the request although
-``[DONE]`` follows, and so does an answer that ends without ``[DONE]``.
-"""
+"""The HTTP side of real users: thousands of streamed completions from one process."""
 
 import asyncio
-import json
 import ssl
-from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import nan
 from time import monotonic
-from typing import Any, cast
+from typing import Any
 from urllib.parse import urlsplit
 
-import httptools
-
+from real.exchange import Exchange
+from real.load_connection import LoadConnection
 from sim.serve_spec import TimeoutSpec
+
+__all__ = ["Exchange", "LoadClient", "Patience", "patience"]
 
 IDLE_CONNECTION_S = 2.0
 """A connection unused for longer is not used again: servers close idle ones, uvicorn after 5 s, and a request sent into
@@ -29,49 +20,6 @@ a closing connection would count as the server's failure."""
 PATIENCE_S = 10.0
 """How much longer than the gateway a user waits, so that it is the gateway's own time-out that a request sees."""
 SWEEP_S = 0.5
-MAX_EVENT_BYTES = 2**22
-KEPT_HEADERS = frozenset({b"retry-after", b"x-request-id"})
-GATEWAY_HEADER = b"x-expert-router-"
-
-
-class Exchange:
-    """One request and what came back; times are ``time.monotonic()``, NaN where not reached.
-
-    Attributes:
-        sent_s: when its first byte was due to leave, before a connection was looked for.
-        chunk_s: when each chunk with a token arrived.
-        ended_s: when the answer was complete or had failed.
-        status: of HTTP; 0 before an answer.
-        failure: what went wrong, a few words that group alike failures; empty for a good answer.
-        detail: the message with it.
-        headers: of the answer, lower case: the gateway's own, ``retry-after`` and ``x-request-id``.
-        usage: of the answer, as the engine sent it; None without.
-        context: the sender's own; the client does not look at it.
-    """
-
-    __slots__ = ("chunk_s", "context", "detail", "ended_s", "failure", "headers", "on_end", "sent_s", "status", "usage")
-
-    def __init__(self, on_end: "Callable[[Exchange], None]", context: Any = None):
-        self.on_end = on_end
-        self.context = context
-        self.sent_s = nan
-        self.chunk_s = array("d")
-        self.ended_s = nan
-        self.status = 0
-        self.failure = ""
-        self.detail = ""
-        self.headers: dict[str, str] = {}
-        self.usage: dict[str, Any] | None = None
-
-    @property
-    def first_token_s(self) -> float:
-        """When the first chunk arrived."""
-        return self.chunk_s[0] if self.chunk_s else nan
-
-    @property
-    def last_token_s(self) -> float:
-        """When the last chunk with a token arrived."""
-        return self.chunk_s[-1] if self.chunk_s else nan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,9 +70,9 @@ class LoadClient:
             f"Content-Type: application/json\r\nAccept: text/event-stream\r\n{key}x-request-id: "
         )
         self._head = head.encode("latin-1")
-        self._idle: list[_Connection] = []
+        self._idle: list[LoadConnection] = []
         self._connecting: set[asyncio.Task[None]] = set()
-        self.active: dict[Exchange, _Connection | None] = {}
+        self.active: dict[Exchange, LoadConnection | None] = {}
         self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
         self._closed = False
 
@@ -168,7 +116,7 @@ class LoadClient:
         try:
             async with asyncio.timeout(self._patience.connect_s):
                 _, connection = await self._loop.create_connection(
-                    lambda: _Connection(self), self._host, self._port, ssl=self._tls
+                    lambda: LoadConnection(self), self._host, self._port, ssl=self._tls
                 )
         except TimeoutError:
             self.end(exchange, "connect timeout", f"no connection in {self._patience.connect_s:g} s")
@@ -182,7 +130,7 @@ class LoadClient:
         self.active[exchange] = connection
         connection.start(exchange, data)
 
-    def release(self, connection: "_Connection") -> None:
+    def release(self, connection: LoadConnection) -> None:
         """Keep a connection for the next request."""
         if self._closed:
             connection.close()
@@ -215,173 +163,3 @@ class LoadClient:
                 connection.close()
                 self.end(exchange, failure)
         self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
-
-
-class _Connection(asyncio.Protocol):
-    """One keep-alive connection, with at most one exchange at a time."""
-
-    def __init__(self, client: LoadClient):
-        self._client = client
-        self._parser: Any = None
-        self._transport: asyncio.Transport | None = None
-        self._exchange: Exchange | None = None
-        self._rest = b""
-        self._body = bytearray()
-        self._done = False
-        self._streamed = False
-        self._now_s = nan
-        self.idle_since_s = nan
-
-    @property
-    def is_open(self) -> bool:
-        """Whether it can carry another request."""
-        return self._transport is not None and not self._transport.is_closing()
-
-    def start(self, exchange: Exchange, data: bytes) -> None:
-        """Send one request."""
-        assert self._transport is not None
-        self._exchange = exchange
-        self._parser = httptools.HttpResponseParser(self)
-        self._rest = b""
-        self._body.clear()
-        self._done = self._streamed = False
-        self._transport.write(data)
-
-    def close(self) -> None:
-        """Close it and forget its exchange."""
-        self._exchange = None
-        if self._transport is not None:
-            self._transport.abort()
-
-    # ------------------------------------------------------------------------------------- called by the event loop
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the transport."""
-        self._transport = cast(asyncio.Transport, transport)
-
-    def data_received(self, data: bytes) -> None:
-        """Pass bytes on to the parser, all with the time of now."""
-        if self._exchange is None:
-            self.close()  # bytes that nobody asked for
-            return
-        self._now_s = monotonic()
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserError as error:
-            exchange = self._exchange
-            self.close()
-            if exchange is not None:
-                self._client.end(exchange, "malformed answer", str(error))
-
-    def connection_lost(self, error: Exception | None) -> None:
-        """Fail the exchange that was on it."""
-        exchange, self._exchange, self._transport = self._exchange, None, None
-        if exchange is not None:
-            kind = "connection lost" if exchange.chunk_s or exchange.status else "connection lost before an answer"
-            self._client.end(exchange, kind, str(error or "closed by the server"))
-
-    # ---------------------------------------------------------------------------------------- called by the parser
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Keep what says where the request went."""
-        name = name.lower()
-        if name.startswith(GATEWAY_HEADER) or name in KEPT_HEADERS:
-            assert self._exchange is not None
-            self._exchange.headers[name.decode("latin-1")] = value.decode("latin-1")
-        elif name == b"content-type":
-            self._streamed = value.startswith(b"text/event-stream")
-
-    def on_headers_complete(self) -> None:
-        """Keep the status."""
-        assert self._exchange is not None
-        self._exchange.status = self._parser.get_status_code()
-        self._streamed = self._streamed and self._exchange.status == 200
-
-    def on_body(self, body: bytes) -> None:
-        """Split a piece of the answer into events; a piece is nearly always exactly one."""
-        if not self._streamed:
-            if len(self._body) < MAX_EVENT_BYTES:
-                self._body += body
-            return
-        if self._rest:
-            body = self._rest + body
-            self._rest = b""
-        end = body.find(b"\n\n")
-        if end == len(body) - 2 and end >= 0:
-            self._on_event(body)
-            return
-        if b"\r" in body:
-            body = body.replace(b"\r\n", b"\n")
-        *events, rest = body.split(b"\n\n")
-        for event in events:
-            self._on_event(event)
-        self._rest = rest
-        if len(rest) > MAX_EVENT_BYTES:
-            raise httptools.HttpParserError("an event without an end")
-
-    def _on_event(self, event: bytes) -> None:
-        exchange = self._exchange
-        if exchange is None:
-            return
-        # Inside a JSON string the quotes would be escaped, so these bytes are the key itself.
-        if b'"choices":[{' in event or b'"choices": [{' in event:
-            exchange.chunk_s.append(self._now_s)
-            return
-        for line in event.split(b"\n"):
-            if line.startswith(b"data:"):
-                self._on_other_data(exchange, line[5:].strip())
-
-    def _on_other_data(self, exchange: Exchange, data: bytes) -> None:
-        """Usage, an error, or the end."""
-        if data == b"[DONE]":
-            self._done = True
-            return
-        try:
-            value = json.loads(data)
-        except ValueError:
-            value = None
-        if not isinstance(value, dict):
-            exchange.failure, exchange.detail = "malformed event", data[:200].decode(errors="replace")
-        elif "error" in value:
-            exchange.failure, exchange.detail = "error event", _message(value)
-        elif isinstance(value.get("usage"), dict):
-            exchange.usage = value["usage"]
-
-    def on_message_complete(self) -> None:
-        """Judge the answer and give the connection back."""
-        exchange, self._exchange = self._exchange, None
-        if exchange is None:
-            return
-        failure, detail = exchange.failure, exchange.detail
-        if exchange.status != 200:
-            failure, detail = f"HTTP {exchange.status}", _text_of(bytes(self._body))
-        elif not failure and not self._streamed:
-            failure, detail = "not a stream", _text_of(bytes(self._body))
-        elif not failure and not self._done:
-            failure, detail = "ended without [DONE]", ""
-        elif not failure and not exchange.chunk_s:
-            failure, detail = "no token", ""
-        keep = self._parser.should_keep_alive() and self.is_open
-        if keep:
-            self.idle_since_s = self._now_s
-            self._client.release(self)
-        else:
-            self.close()
-        self._client.end(exchange, failure, detail)
-
-
-def _message(value: dict[str, Any]) -> str:
-    error = value["error"]
-    text = error.get("message", "") if isinstance(error, dict) else error
-    return str(text)[:200]
-
-
-def _text_of(body: bytes) -> str:
-    """The message of an error body, OpenAI's shape or any other."""
-    try:
-        value = json.loads(body)
-    except ValueError:
-        value = None
-    if isinstance(value, dict) and "error" in value:
-        return _message(value)
-    return body[:200].decode(errors="replace")

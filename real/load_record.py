@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from real.client_lag import ClientLag
 from real.engine_metrics import EngineMetrics
-from real.load_client import Exchange
+from real.exchange import Exchange
 from sim.measuring import IN_STEP, NOT_WARM, Window, in_step, unsteady
 from sim.metrics import completed_in_window, ttft_s
 from sim.recorder import GAP_RESOLUTION_S
@@ -54,6 +54,7 @@ def load_record(
     metrics: EngineMetrics,
     stopped: Sequence[str],
     url: str,
+    run_id: str,
 ) -> RunRecord:
     """Check the outcome of a run and return its record.
 
@@ -71,6 +72,7 @@ def load_record(
         metrics: what the engines told.
         stopped: why the run ended early, if it did.
         url: where requests were sent.
+        run_id: begins the ids under which gateway and engines know the requests.
 
     Raises:
         SelfCheckError: the record breaks conservation or Little's law; a defect of this program.
@@ -98,6 +100,7 @@ def load_record(
         notes.append(IN_STEP)
     notes += _failures(sent)
     notes += _other_lengths(sent)
+    checks["ledger"] = f"{checks['conservation']} and cancelled, as {run_id}-NUMBER"
     checks["load client"] = lag.text()
     names = {
         (index, replica): f"{expert.name}/{replica}"

@@ -2,14 +2,14 @@
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from math import isnan, nan
 from time import monotonic
 
 from real.client_lag import ClientLag
-from real.engine_metrics import EngineMetrics, ReplicaUrl
-from real.load_client import Exchange, LoadClient, Patience
+from real.engine_metrics import EngineMetrics
+from real.exchange import Exchange
+from real.load_client import LoadClient
 from real.load_record import Sent, load_record
 from real.prepared_requests import (
     MADE_BEFORE_THE_START,
@@ -19,6 +19,7 @@ from real.prepared_requests import (
     open_requests,
 )
 from real.prompts import PromptWriter
+from real.target import Target
 from sim.measuring import Window, rare_garbage_collection, replication_seed
 from sim.records import RunRecord
 from sim.self_checks import Counted
@@ -32,25 +33,6 @@ LONGEST_PAUSE_S = 30.0
 HOPELESS = 20  # requests of which none completed, at which a run is given up
 PROGRESS_S = 0.25
 REQUESTS_A_RUN = 1_000_000  # numbers of prompts that each run has for itself
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """Where users send.
-
-    Attributes:
-        url: of a gateway, or of the one expert of a fleet without a router.
-        model: name to ask for.
-        replicas: whose engines can be asked for their figures; may be none.
-        max_in_flight: connections this process can have.
-    """
-
-    url: str
-    model: str
-    patience: Patience
-    replicas: tuple[ReplicaUrl, ...] = ()
-    api_key: str | None = None
-    max_in_flight: int = 10_000
 
 
 class LoadRun:
@@ -160,6 +142,7 @@ class LoadRun:
             metrics=self._metrics,
             stopped=self._stopped,
             url=self._target.url,
+            run_id=self._run_id,
         )
 
     async def drain(self) -> None:

@@ -1,26 +1,20 @@
 """``run``: what ``simulate`` predicts, measured: real users against a real fleet, and the same figures of it."""
 
 import asyncio
-import os
-import resource
 import secrets
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import uvloop
 
-from real.engine_metrics import ReplicaUrl, ask_json, engine_version
-from real.load_client import patience
-from real.load_run import LoadRun, Target
+from real.load_run import LoadRun
 from real.prompts import PromptWriter, load_tokenizer, read_corpus, texts_of_classes
-from real.serving import read_state, serving
+from real.target import Target, engines_of, fleet_target
 from sim.feasibility import check_feasible
 from sim.fleet import Fleet
 from sim.mistakes import did_you_mean
@@ -29,13 +23,9 @@ from sim.resolve import resolve_fleet
 from sim.result import Measured, Result
 from sim.run import Progress, loads, program_version, with_changes
 from sim.simulation import RunPlan
-from sim.spec import ClosedLoop, FleetFile
+from sim.spec import FleetFile
 from sim.traces import read_workload_data
 from sim.traffic import WorkloadData
-
-OPEN_FILES_SPARE = 256
-MAX_CONNECTIONS = 28_000
-"""Ports that one address has for outgoing connections, as Linux comes."""
 
 
 def run(
@@ -90,7 +80,7 @@ def run(
     session = _Session(file, data, texts, progress)
     try:
         for name in names:
-            with _serving(file, name, url, replica_urls, logs, tell) as target:
+            with fleet_target(file, name, url, replica_urls, logs, tell) as target:
                 session.run_fleet(name, target)
             if session.interrupted:
                 break
@@ -110,13 +100,15 @@ class _Session:
         self._texts = texts
         self._progress = progress
         self._nonce = secrets.randbelow(10**9)
-        self._started = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        self._started = ""
         self._fleets = {name: resolve_fleet(file, name) for name in file.fleets}
         self._weights = [_weight(file, load) for load in loads(file.workload)] * file.run.replications
         self._total = sum(self._weights) * len(file.fleets)
         self._runs: list[RunRecord] = []
         self._urls: dict[str, str] = {}
         self._engines: dict[str, dict[str, str]] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._current: LoadRun | None = None
         self.interrupted = False
 
     def result(self) -> Result:
@@ -136,8 +128,9 @@ class _Session:
     def run_fleet(self, name: str, target: Target) -> None:
         """Run every load and replication of one fleet."""
         fleet = self._fleets[name]
+        self._started = self._started or datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
         self._urls[name] = target.url
-        self._engines[name] = _engines(fleet, target)
+        self._engines[name] = engines_of(fleet, target)
         writers = self._writers(fleet)
         plans = [
             RunPlan(
@@ -151,28 +144,43 @@ class _Session:
             for load in loads(self._file.workload)
             for replication in range(self._file.run.replications)
         ]
-        _in_event_loop(lambda: self._run_all(plans, target, writers))
+        self._in_event_loop(lambda: self._run_all(plans, target, writers))
+
+    def _in_event_loop(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Do this in an event loop; in a thread of its own where this one has a loop already, as in a notebook."""
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            uvloop.run(work())
+            return
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(lambda: uvloop.run(work()))
+            try:
+                future.result()
+            except KeyboardInterrupt:
+                if self._loop is not None:
+                    self._loop.call_soon_threadsafe(self._interrupt)
+                future.result()
+
+    def _interrupt(self) -> None:
+        self.interrupted = True
+        if self._current is not None:
+            self._current.interrupt()
 
     async def _run_all(self, plans: Sequence[RunPlan], target: Target, writers: list[PromptWriter]) -> None:
-        current: LoadRun | None = None
-
-        def interrupt() -> None:
-            self.interrupted = True
-            if current is not None:
-                current.interrupt()
-
-        loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
+        self._current = None
         handles_signals = threading.current_thread() is threading.main_thread()
         if handles_signals:
-            loop.add_signal_handler(signal.SIGINT, interrupt)
+            loop.add_signal_handler(signal.SIGINT, self._interrupt)
         try:
             for plan in plans:
                 number = len(self._runs)
-                if current is not None:
-                    await current.drain()
+                if self._current is not None:
+                    await self._current.drain()
                 if self.interrupted:
                     break
-                current = LoadRun(
+                self._current = LoadRun(
                     plan,
                     target,
                     writers,
@@ -180,7 +188,7 @@ class _Session:
                     number=number,
                     progress=self._progress_of(plan),
                 )
-                self._runs.append(await current.run())
+                self._runs.append(await self._current.run())
         finally:
             if handles_signals:
                 loop.remove_signal_handler(signal.SIGINT)
@@ -212,17 +220,6 @@ class _Session:
         return lambda share: progress((done + weight * share) / self._total)
 
 
-def _in_event_loop(work: Callable[[], Any]) -> None:
-    """Run a coroutine to its end; in a thread of its own where this one has an event loop, as in a notebook."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        uvloop.run(work())
-        return
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(lambda: uvloop.run(work())).result()
-
-
 def _with_duration(file: FleetFile, duration_s: float) -> FleetFile:
     if not duration_s > 0:
         raise ValueError(f"duration_s must be > 0, got {duration_s:g}")
@@ -246,109 +243,3 @@ def _fleets_to_run(file: FleetFile, fleet: str | None, url: str | None) -> list[
     if url is not None and len(file.fleets) > 1:
         raise ValueError(f"--url: say which fleet answers there with --fleet, one of {', '.join(file.fleets)}")
     return list(file.fleets)
-
-
-# ---------------------------------------------------------------------------------------------------------- the target
-
-
-@contextmanager
-def _serving(
-    file: FleetFile,
-    name: str,
-    url: str | None,
-    replica_urls: Mapping[str, Sequence[str]] | None,
-    logs: Path,
-    tell: Callable[[str], None] | None,
-) -> Iterator[Target]:
-    """Yield where to send: the given address, or a fleet that is started for this and stopped afterwards."""
-    if url is not None:
-        yield _target(file, name, url, _noted_replicas(name, url, logs) if replica_urls is None else replica_urls)
-        return
-    with serving(file, name, logs=logs, tell=tell) as served:
-        yield _target(
-            file, name, served.url, _by_expert((each.expert, each.replica, each.url) for each in served.replicas)
-        )
-
-
-def _noted_replicas(name: str, url: str, logs: Path) -> dict[str, list[str]]:
-    """Where the replicas of the fleet at ``url`` listen, if it is the one that writes its state there."""
-    state = read_state(logs)
-    if state is None or state["fleet"] != name or urlsplit(state["url"]).netloc != urlsplit(url).netloc:
-        return {}
-    return _by_expert((each["expert"], each["replica"], each["url"]) for each in state["replicas"])
-
-
-def _by_expert(replicas: Iterable[tuple[str, int, str]]) -> dict[str, list[str]]:
-    urls: dict[str, list[str]] = {}
-    for expert, _, url in sorted(replicas):
-        urls.setdefault(expert, []).append(url)
-    return urls
-
-
-def _target(file: FleetFile, name: str, url: str, replica_urls: Mapping[str, Sequence[str]]) -> Target:
-    spec = file.fleets[name]
-    experts = list(spec.experts)
-    unknown = [expert for expert in replica_urls if expert not in spec.experts]
-    if unknown:
-        raise ValueError(f"--replica-url {unknown[0]}: no such expert{did_you_mean(unknown[0], experts)}")
-    if spec.router is None and not replica_urls:
-        replica_urls = {experts[0]: [url]}
-    key = (os.environ.get(file.serve.api_key_env or "") or "").split(",")[0].strip() or None
-    return Target(
-        url=url,
-        model=_model_name(url, key, name, experts, routed=spec.router is not None),
-        patience=patience(file.serve.timeouts),
-        replicas=tuple(
-            ReplicaUrl(index, place, each)
-            for index, expert in enumerate(experts)
-            for place, each in enumerate(replica_urls.get(expert, ()))
-        ),
-        api_key=key,
-        max_in_flight=_max_connections(file),
-    )
-
-
-def _model_name(url: str, key: str | None, fleet: str, experts: Sequence[str], *, routed: bool) -> str:
-    """Ask the server what it serves and choose the name that lets a router route, or the expert's own.
-
-    Raises:
-        ValueError: nothing answers.
-    """
-    if not url.startswith(("http://", "https://")):
-        raise ValueError(f"--url {url}: expected a URL such as http://127.0.0.1:8080")
-    try:
-        answer = ask_json(url.rstrip("/").removesuffix("/v1") + "/v1/models", key)
-        served = [str(each["id"]) for each in answer["data"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"--url {url}: no OpenAI-compatible server answers there ({error}); start one with expert-router serve, or "
-            "leave --url out to have the fleet started"
-        ) from None
-    wanted = [each for each in ("expert-router", fleet) if each not in experts] if routed else experts[:1]
-    return next((each for each in wanted if each in served), served[0] if served else wanted[0])
-
-
-def _engines(fleet: Fleet, target: Target) -> dict[str, str]:
-    """Engine and version of each expert, as its first known replica tells."""
-    told = {expert.name: "engine unknown" for expert in fleet.experts}
-    for replica in reversed(target.replicas):
-        told[fleet.experts[replica.expert_index].name] = engine_version(replica.url)
-    return told
-
-
-def _max_connections(file: FleetFile) -> int:
-    """Allow this process as many open files as the system lets it, and return how many connections that makes.
-
-    Raises:
-        ValueError: fewer than the users of the highest load.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    most = MAX_CONNECTIONS if hard == resource.RLIM_INFINITY else min(MAX_CONNECTIONS, hard - OPEN_FILES_SPARE)
-    if isinstance(file.workload.load, ClosedLoop) and loads(file.workload)[-1] > most:
-        raise ValueError(
-            f"{loads(file.workload)[-1]:,.0f} users need as many connections and this process may have {most:,}; raise "
-            "the limit with ulimit -n, or ask for fewer users"
-        )
-    return most

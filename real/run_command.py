@@ -106,7 +106,7 @@ def command(
     if as_json:
         click.echo(result_json(result))
     else:
-        print_report(result, Console())
+        print_report(result)
     if out is not None:
         written = write_result(result, out, formats or DEFAULT_FORMATS)
         messages.print(f"wrote {len(written)} files to {out}", highlight=False)

@@ -274,6 +274,7 @@ class Upstream:
 
     async def healthy(self, replica: Replica, timeout_s: float) -> bool | None:
         """Whether a replica calls itself healthy, on a connection of its own; None when it does not say in time."""
+        self._close_old(replica)
         deadline_s = self._loop.time() + timeout_s
         try:
             connection = await self._connect(replica, deadline_s)
@@ -301,14 +302,16 @@ class Upstream:
             raise UpstreamError("connect_failed") from None
         return connection
 
-    def _kept(self, replica: Replica) -> Connection | None:
-        """The connection used last, if one is young enough; the old ones are closed."""
-        idle = self._idle.get(replica)
-        if not idle:
-            return None
-        now_s = self._loop.time()
+    def _close_old(self, replica: Replica) -> None:
+        """Close the connections that have been idle for too long; the oldest is the first."""
+        idle, now_s = self._idle.get(replica), self._loop.time()
         while idle and (idle[0].lost or now_s - idle[0].idle_since_s > IDLE_CONNECTION_S):
             idle.popleft().abort()
+
+    def _kept(self, replica: Replica) -> Connection | None:
+        """The connection used last, if one is young enough."""
+        self._close_old(replica)
+        idle = self._idle.get(replica)
         while idle:
             connection = idle.pop()
             if not connection.lost:

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from sim.chrome_trace import TracedIteration, chrome_trace
-from sim.metrics import Row
-from sim.result import Result, request_frame
+from sim.metrics import Row, load_columns
+from sim.result import Measured, Result, request_frame
 from sim.summary import summary_columns
 from sim.vllm_result import vllm_result
 
@@ -73,13 +73,22 @@ def result_json(result: Result) -> str:
             "version": result.version,
             "seed": result.file.run.seed,
             "interrupted": result.interrupted,
-            "measured": None if result.measured is None else asdict(result.measured),
+            "measured": None if result.measured is None else _measured(result, result.measured),
             "notes": result.notes,
             "slo": None if result.file.slo is None else result.file.slo.model_dump(mode="json"),
             "fleets": resolved_fleets(result),
             "summary": result.summary_rows,
         }
     )
+
+
+def _measured(result: Result, measured: Measured) -> dict[str, Any]:
+    """Where a real run took place, and what each run found when it checked itself and its load client."""
+    runs = [
+        {"fleet": run.fleet, **load_columns(run), "replication": run.replication, "checks": run.checks}
+        for run in result.runs
+    ]
+    return {**asdict(measured), "runs": runs}
 
 
 def resolved_fleets(result: Result) -> dict[str, Any]:

@@ -18,6 +18,7 @@ PIPED_WIDTH = 160
 NAME_WIDTH = 26
 EXPERTS_SHOWN = 10
 GAP = 2  # blanks between two columns of a table: one of padding and one of the box
+EDGES = 2  # blanks of the box left and right of a table
 BOX = box.SIMPLE_HEAD
 
 
@@ -146,7 +147,7 @@ def _expert_table(rows: list[Row], width: int) -> Table:
 
 def _table(title: str, labels: dict[str, list[str]], columns: Sequence[Column], rows: list[Row], width: int) -> Table:
     """Build a table of labels and figures with the columns that fit, and with half-widths when then all of them fit."""
-    room = width - sum(min(NAME_WIDTH, _width(heading, cells)) + GAP for heading, cells in labels.items())
+    room = width - EDGES - sum(min(NAME_WIDTH, _width(heading, cells)) + GAP for heading, cells in labels.items())
     chosen = {column: [_cell(column, row, bounds=True) for row in rows] for column in columns}
     if sum(_width(column.heading, cells) + GAP for column, cells in chosen.items()) > room:
         chosen = {column: [_cell(column, row, bounds=False) for row in rows] for column in columns}

@@ -93,7 +93,7 @@ def command(
     if as_json:
         click.echo(result_json(result))
     else:
-        print_report(result, Console())
+        print_report(result)
     if out is not None:
         written = write_result(result, out, formats or DEFAULT_FORMATS)
         if chrome_trace is not None and traced is not None:

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from real.client_lag import ClientLag
-from real.load_client import Exchange, LoadClient, Patience, _Connection
+from real.load_client import Exchange, LoadClient, Patience
+from real.load_connection import LoadConnection
 from tests.real_fleet import free_port, token_server
 
 PATIENCE = Patience(connect_s=5, first_token_s=5, idle_s=1, total_s=30)
@@ -163,7 +164,7 @@ def test_an_answer_means_the_same_however_its_bytes_are_split(cuts: set[int], cr
     wire = ANSWER + b"".join(b"%x\r\n%b\r\n" % (len(event), event) for event in events) + b"0\r\n\r\n"
     edges = [0, *sorted(cut for cut in cuts if cut < len(wire)), len(wire)]
     listener: Any = _Listener()
-    connection = _Connection(listener)
+    connection = LoadConnection(listener)
     connection.connection_made(_Nowhere())
     exchange = Exchange(lambda ended: None)
     connection.start(exchange, b"")

@@ -1,5 +1,6 @@
 """``run`` sends what ``simulate`` sends, and reports what a real server did in the words that ``simulate`` uses."""
 
+import asyncio
 import json
 import os
 import signal
@@ -17,9 +18,10 @@ from click.testing import CliRunner
 
 import real.load_run
 from real.engine_metrics import EngineMetrics, ReplicaUrl, parse_metrics
-from real.load_client import Exchange
+from real.exchange import Exchange
 from real.run import run
 from sim.cli import main
+from sim.fleet_file import parse_fleet
 from sim.outputs import result_json, write_result
 from sim.report import report
 from sim.result import Result
@@ -111,6 +113,14 @@ def test_a_trace_is_replayed_whole(folder: Path, server: str) -> None:
     assert requests["output_tokens"].tolist() == [row["output_length"] for row in rows]
 
 
+def test_run_works_inside_an_event_loop_as_in_a_notebook(folder: Path, server: str) -> None:
+    async def cell() -> Result:
+        file = fleet_file(folder / "checkpoint", "{kind: closed_loop, users: 2}", run="{requests: 5, replications: 1}")
+        return run(file, url=server, corpus=folder / "prompts.jsonl")
+
+    assert asyncio.run(cell()).summary_rows[0]["measured"] == 5
+
+
 # ------------------------------------------------------------------------------------------------ what was measured
 
 
@@ -136,6 +146,7 @@ def test_every_request_has_one_outcome_and_its_id_on_both_sides(measured: Result
     bodies = sent_to(server)
     prefixes = [each["x-request-id"].rpartition("-")[0] for each in bodies]
     ours = [each["x-request-id"] for each, prefix in zip(bodies, prefixes, strict=True) if prefix == prefixes[0]]
+    assert f"as {prefixes[0]}-NUMBER" in record.checks["ledger"]
     assert sorted(int(each.rpartition("-")[2]) for each in ours) == sorted(measured.requests["request_id"])
     assert len(set(ours)) == len(ours)
 
@@ -185,12 +196,64 @@ def test_a_result_says_that_it_was_measured_and_where(measured: Result, server: 
     )
     told = json.loads(result_json(measured))
     assert told["measured"]["engines"] == {"alone": {"one": "vLLM 0.0.mock"}}
+    assert "event loop late by" in told["measured"]["runs"][0]["checks"]["load client"]
     assert told["fleets"]["alone"]["one"]["measured_on"] == "vLLM 0.0.mock"
     detailed = json.loads(written["alone-concurrency4-r0.json"].read_text())
     assert (detailed["backend"], detailed["simulated"], detailed["url"]) == ("expert-router run", False, server)
     text = "\n".join(str(getattr(part, "renderable", part)) for part in report(measured, 120))
     assert f"alone at {server}" in text
     assert "roofline" not in text
+
+
+# ---------------------------------------------------------------------------------------------------- behind a router
+
+
+def test_the_gateway_tells_where_a_request_went_and_when(folder: Path) -> None:
+    file = fleet_file(folder / "checkpoint", CLOSED, router="{policy: class}")
+    with token_server(ttft_s=0.02, itl_s=0.002, model="alone", routed=True) as url:
+        result = run(file, url=url, corpus=folder / "prompts.jsonl", replica_urls={"one": [url]})
+    answered = result.requests[result.requests["status"] == "completed"]
+    assert set(answered["routed_class"]) == {"chat"}
+    assert set(answered["expert"]) == {"one"}
+    assert (answered["replica_index"] == 0).all()
+    assert (answered["sent_s"] <= answered["router_start_s"] + 1e-6).all()
+    assert (answered["router_end_s"] <= answered["first_token_s"]).all()
+    (total, _) = result.summary_rows
+    assert 0 < total["misrouted_share"] < 1
+    assert 0 <= total["mean_router_wait_ms"] < 100
+    (record,) = result.runs
+    assert record.router is not None
+    assert record.router.requests >= 0
+
+
+def test_a_gateway_on_another_clock_is_left_out(folder: Path) -> None:
+    file = fleet_file(folder / "checkpoint", CLOSED, router="{policy: class}")
+    headers = {"x-expert-router-received-s": "1.0", "x-expert-router-chosen-s": "1.1"}
+    with token_server(ttft_s=0.02, itl_s=0.002, routed=True, headers=headers) as url:
+        result = run(file, url=url, corpus=folder / "prompts.jsonl")
+    assert result.requests["router_start_s"].isna().all()
+    assert any("another clock" in note for note in result.notes)
+
+
+def test_a_server_that_is_no_gateway_leaves_the_choice_unknown(folder: Path, server: str) -> None:
+    text = fleet_text(folder / "checkpoint", CLOSED, router="{policy: class}")
+    expert = f"{{model: laptop-16m, gpu: CPU, checkpoint: {folder / 'checkpoint'}}}"
+    text = text.replace(f"one: {expert}", f"code: {expert}\n      chat: {expert}")
+    result = run(parse_fleet(text), url=server, corpus=folder / "prompts.jsonl")
+    total, *experts = result.summary_rows
+    assert total["measured"] == 30
+    assert [row["measured"] for row in experts] == [0, 0]
+    assert np.isnan(total["misrouted_share"])
+    assert any("which expert gave it" in note for note in result.notes)
+
+
+def test_replicas_of_a_fleet_that_serves_are_found_by_its_state_file(folder: Path, server: str, tmp_path: Path) -> None:
+    state = {"url": server, "fleet": "alone", "supervisor_pid": os.getpid()}
+    state |= {"replicas": [{"expert": "one", "replica": 0, "url": server}]}
+    (tmp_path / "fleet.json").write_text(json.dumps(state))
+    file = fleet_file(folder / "checkpoint", CLOSED, router="{policy: class}")
+    result = run(file, url=server, corpus=folder / "prompts.jsonl", logs=tmp_path)
+    assert result.runs[0].replicas[0].kv_usage == 0.25
 
 
 # ----------------------------------------------------------------------------------------------------- what goes wrong

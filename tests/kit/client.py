@@ -28,6 +28,7 @@ class Reply:
     times_s: list[float] = field(default_factory=list)
     ended_s: float = 0.0
     end: str = "cut"
+    path: str = ""
 
     @property
     def events(self) -> list[bytes]:
@@ -164,6 +165,7 @@ class Client:
         self.port = port
         self.headers = headers or {}
         self.idle: list[Connection] = []
+        self.open: list[Connection] = []
         self.numbers = 0
         self.replies: list[Reply] = []
 
@@ -196,10 +198,12 @@ class Client:
             connection = await self.connect()
         except OSError:
             now_s = time.monotonic()
-            reply = Reply(request_id, now_s, ended_s=now_s, end="refused")
+            reply = Reply(request_id, now_s, ended_s=now_s, end="refused", path=path)
             self.replies.append(reply)
             return reply
         reply, over = connection.send(wire, request_id)
+        reply.path = path
+        self.open.append(connection)
         self.replies.append(reply)
         if leave_after_chunks is not None:
             connection.on_chunk = lambda r: connection.leave() if len(r.times_s) >= leave_after_chunks else None
@@ -211,6 +215,7 @@ class Client:
                 raise AssertionError(f"{request_id} hangs: {reply}") from None
             connection.leave()
         connection.on_chunk = None
+        self.open.remove(connection)
         if not connection.lost:
             self.idle.append(connection)
         return reply
@@ -224,7 +229,7 @@ class Client:
         return await self.request("/v1/completions", body, **sending)
 
     def close(self) -> None:
-        for connection in self.idle:
+        for connection in (*self.idle, *self.open):
             connection.transport.abort()
         self.idle = []
 

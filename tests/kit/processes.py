@@ -100,6 +100,16 @@ class Expert(Process):
         fetch_json(f"{self.url}/mock/behave", json.dumps(behaviour).encode())
 
 
+class Splice(Process):
+    """The least that a proxy can do, in front of one expert."""
+
+    def __init__(self, expert: Expert) -> None:
+        self.port = free_port()
+        super().__init__("tests.kit.splice", "--port", str(self.port), "--to", str(expert.port))
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == b"ready\n"
+
+
 def fetch_json(url: str, data: bytes | None = None) -> Any:
     with urllib.request.urlopen(url, data, timeout=10) as reply:
         return json.loads(reply.read())
@@ -146,8 +156,8 @@ class GatewayProcess(Process):
         return sum(resident_mb(pid) for pid in self.workers())
 
     def cpu_s(self) -> float:
-        """User and system seconds of parent and workers."""
-        return sum(cpu_s(pid) for pid in (self.pid, *self.workers()))
+        """User and system seconds of the workers."""
+        return sum(cpu_s(pid) for pid in self.workers())
 
 
 def resident_mb(pid: int) -> float:
@@ -155,6 +165,10 @@ def resident_mb(pid: int) -> float:
 
 
 def cpu_s(pid: int) -> float:
+    """User and system seconds of a process of one thread, to the nanosecond where the kernel tells."""
+    schedstat = Path(f"/proc/{pid}/schedstat")
+    if schedstat.exists() and (on_cpu_ns := int(schedstat.read_text().split()[0])):
+        return on_cpu_ns / 1e9
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 

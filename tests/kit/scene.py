@@ -1,4 +1,4 @@
-"""A gateway in front of mock experts, and the ledger: every request sent has one outcome, the same on all three sides."""
+"""A gateway in front of mock experts, and the ledger: each request has one outcome, the same on all three sides."""
 
 import contextlib
 import json
@@ -62,7 +62,7 @@ class Scene:
 
     def check_ledger(self) -> Counter[str]:
         """Hold the three sides together; return how many requests had which outcome by the client's account."""
-        replies = self.replies
+        replies = [reply for reply in self.replies if reply.path.endswith("completions")]
         reached = [reply for reply in replies if reply.end != "refused"]
         lines: dict[str, list[str]] = {}
         for line in self.gateway_log():

@@ -23,7 +23,10 @@ KEEP_BODIES = 10_000
 
 @dataclass
 class Settings:
-    """Seconds until the first token and between tokens; the name served; a status to refuse everything with."""
+    """Seconds until the first token and between tokens; the name served; a status to refuse everything with.
+
+    ``routed`` answers with the headers of a gateway that takes every prompt for ``chat`` and has one expert, ``one``.
+    """
 
     ttft_s: float = 0.05
     itl_s: float = 0.01
@@ -31,6 +34,7 @@ class Settings:
     tokenizer: str | None = None
     headers: dict[str, str] | None = None
     refuse: int = 0
+    routed: bool = False
 
 
 class _Answers:
@@ -48,6 +52,7 @@ class _Answers:
             self.count = lambda text: len(tokenizer.encode(text).ids)
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
+        received_s = monotonic()
         body = await request.json()
         if len(self.bodies) < KEEP_BODIES:
             assert request.transport is not None
@@ -60,6 +65,10 @@ class _Answers:
             headers = {"Retry-After": "1"} if fail == "429" else {}
             return web.json_response({"error": {"message": "no", "code": int(fail)}}, status=int(fail), headers=headers)
         headers = {"Content-Type": "text/event-stream", "x-request-id": request.headers.get("x-request-id", "")}
+        if self.settings.routed:
+            place = {"class": "chat", "expert": "one", "replica": "0", "received-s": f"{received_s:.6f}"}
+            place |= {"classify-s": "0", "queue-s": "0", "chosen-s": f"{monotonic():.6f}"}
+            headers |= {f"x-expert-router-{name}": value for name, value in place.items()}
         response = web.StreamResponse(headers=headers | (self.settings.headers or {}))
         self.running += 1
         try:

@@ -1,0 +1,105 @@
+"""Iteration records of an engine that is not there: the simulated scheduler with a known time for every iteration."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from calibrate.iteration_fit import TermFit
+from calibrate.iteration_records import SentRequest, counts_of
+from calibrate.measure_grid import Point
+from real.iteration_log import IterationLine
+from sim.engine import Engine, EngineRequest
+from sim.fleet import EngineSettings
+from sim.service_curve import IterationWork
+
+SETTINGS = EngineSettings(
+    max_num_seqs=32,
+    max_num_batched_tokens=512,
+    max_model_len=2048,
+    block_size=16,
+    num_kv_blocks=4000,
+    enable_prefix_caching=False,
+    scheduler_reserve_full_isl=True,
+    async_scheduling=False,
+)
+
+TRUTH = TermFit(
+    terms={
+        "per_iteration": 8e-3,
+        "per_token": 4e-4,
+        "per_attention_pair": 3e-7,
+        "per_prefill_chunk": 2e-4,
+        "per_decode": 3e-4,
+        "per_kv_token": 2e-6,
+    },
+    floor_tokens=12,
+    graph_sizes=(),
+)
+
+
+def seconds(work: IterationWork, fit: TermFit = TRUTH) -> float:
+    return float(fit.predict_s(np.array([work], dtype=np.float64))[0])
+
+
+def run_engine(
+    sent: Sequence[SentRequest],
+    settings: EngineSettings = SETTINGS,
+    *,
+    time_of: Callable[[IterationWork], float] = seconds,
+    entry_s: Callable[[int], float] = lambda _: 0.0,
+) -> tuple[list[IterationLine], list[SentRequest]]:
+    """Serve requests that enter ``entry_s`` after they were sent; return the log and what users saw."""
+    engine: Engine[EngineRequest] = Engine(settings)
+    requests = [EngineRequest(request.prompt_tokens, request.output_tokens) for request in sent]
+    enters_s = [request.sent_s + entry_s(number) for number, request in enumerate(sent)]
+    order = sorted(range(len(sent)), key=lambda number: enters_s[number])
+    now_s = 0.0
+    lines: list[IterationLine] = []
+    finished = [(0.0, 0.0)] * len(sent)
+    firsts: dict[int, float] = {}
+    while True:
+        while order and enters_s[order[0]] < now_s:
+            engine.add(requests[order.pop(0)])
+        batch = engine.schedule()
+        if batch is None:
+            if not order:
+                break
+            now_s = enters_s[order[0]] + 1e-9
+            continue
+        work_s = time_of(engine.work(batch))
+        counts = counts_of(batch)
+        decoding = engine.decoding(batch.iteration)
+        now_s += work_s
+        done = engine.finish_run(1)
+        lines.append(
+            IterationLine(0, len(lines), now_s, *counts, elapsed_s=0.9 * work_s, kv_usage=None),
+        )
+        for request in [*decoding, *(r for r, _ in batch.chunks if r.last_iteration >= 0)]:
+            firsts.setdefault(requests.index(request), now_s + 1e-4)
+        for request in done:
+            number = requests.index(request)
+            finished[number] = (firsts[number], now_s + 1e-4)
+    seen = [
+        SentRequest(
+            point=request.point,
+            number=request.number,
+            prompt_tokens=request.prompt_tokens,
+            output_tokens=request.output_tokens,
+            sent_s=request.sent_s,
+            first_token_s=first_s,
+            last_token_s=last_s,
+            chunks=request.output_tokens,
+        )
+        for request, (first_s, last_s) in zip(sent, finished, strict=True)
+    ]
+    return lines, seen
+
+
+def requests_of(point: Point, label: str) -> list[SentRequest]:
+    """Return the requests of a point of steps, the late ones a while after the others."""
+    asked = [(point.prompt_tokens, point.output_tokens, 0.0)] * point.requests
+    asked += [(point.late_tokens, 2, 0.12 + 0.16 * number) for number in range(point.late)]
+    return [
+        SentRequest(point=label, number=number, prompt_tokens=prompt, output_tokens=output, sent_s=sent_s)
+        for number, (prompt, output, sent_s) in enumerate(asked)
+    ]

@@ -1,0 +1,166 @@
+import asyncio
+import math
+from pathlib import Path
+
+import numpy as np
+
+from tests.kit.client import Client, Connection, Reply, wire_request
+from tests.kit.processes import fetch_json, open_files, until
+from tests.kit.scene import Scene, scene
+
+
+async def nothing_under_way(fleet: Scene) -> float:
+    return await until(
+        lambda: (
+            fleet.gateway.total("open_requests") == 0
+            and fleet.gateway.total("inflight") == 0
+            and fleet.gateway.total("queue_depth") == 0
+        )
+    )
+
+
+def test_g7_when_clients_leave_the_expert_is_told_and_nothing_is_left_behind(tmp_path: Path) -> None:
+    limits = {"max_in_flight_per_replica": 150, "max_queued_per_expert": 100}
+    with scene(tmp_path, behaviour={"itl_s": 0.05}, limits=limits) as fleet:
+        expert = fleet.experts["code"][0]
+
+        async def story(client: Client) -> None:
+            loop = asyncio.get_running_loop()
+            left: list[Connection] = []
+            streams = [
+                asyncio.create_task(client.complete("code", max_tokens=1000, mock={"ttft_s": 60.0 * (index % 2)}))
+                for index in range(150)
+            ]
+            await until(lambda: expert.state()["running"] == 150)
+            queued = [asyncio.create_task(client.complete("code", max_tokens=1000)) for _ in range(50)]
+            await until(lambda: fleet.gateway.total("queue_depth") == 50)
+            for connection in client.open:
+                connection.leave()
+                left.append(connection)
+            took_s = await until(lambda: expert.state()["running"] == 0)
+            print(f"G7: 150 of 200 were at the expert, cancelled there within {took_s * 1e3:.0f} ms")
+            assert took_s < 1.0
+            replies = await asyncio.gather(*streams, *queued)
+            assert {reply.outcome for reply in replies} == {"cancelled"}
+            await nothing_under_way(fleet)
+            worker = fleet.gateway.workers()[0]
+            files, began_s = open_files(worker), loop.time()
+            for _ in range(50):
+                await asyncio.gather(
+                    *(client.complete("code", max_tokens=1000, leave_after_chunks=1 + index) for index in range(2)),
+                    client.complete("code", max_tokens=1000, mock={"ttft_s": 60}, leave_after_s=0.02),
+                )
+            await nothing_under_way(fleet)
+            await until(lambda: expert.state()["running"] == 0)
+            print(f"G7: 50 rounds in {loop.time() - began_s:.1f} s, {open_files(worker) - files:+d} files")
+            assert open_files(worker) <= files + 3
+            assert expert.state()["ended"] == {"cancelled": 150 + 150}
+            assert fleet.gateway.total("client_disconnects_total") == 200 + 150
+
+        fleet.play(story)
+        fleet.check_ledger()
+
+
+def test_g8_beyond_the_cap_requests_wait_or_are_refused_and_the_admitted_do_as_well(tmp_path: Path) -> None:
+    limits = {"max_in_flight_per_replica": 16, "max_queued_per_expert": 8}
+    with scene(tmp_path, {"code": 1, "talk": 1}, {"itl_s": 0.02}, limits=limits) as fleet:
+
+        async def story(client: Client) -> None:
+            loop = asyncio.get_running_loop()
+
+            async def load(users: int, name: str, end_s: float) -> list[Reply]:
+                replies = []
+
+                async def user() -> None:
+                    while loop.time() < end_s:
+                        reply = await client.complete(name, max_tokens=10)
+                        replies.append(reply)
+                        if reply.status == 429:
+                            await asyncio.sleep(0.25)
+
+                await asyncio.gather(*(user() for _ in range(users)))
+                return replies
+
+            async def watch(end_s: float) -> tuple[float, float]:
+                in_flight = queued = 0.0
+                while loop.time() < end_s:
+                    sample = await asyncio.to_thread(fleet.gateway.metrics)
+                    in_flight = max(in_flight, sample['expert_router_inflight{expert="code",replica="0"}'])
+                    queued = max(queued, sample.get('expert_router_queue_depth{expert="code"}', 0))
+                    await asyncio.sleep(0.05)
+                return in_flight, queued
+
+            at_cap = await load(16, "code", loop.time() + 2)
+            end_s = loop.time() + 2
+            over, talk, (in_flight, queued) = await asyncio.gather(
+                load(80, "code", end_s), load(2, "talk", end_s), watch(end_s)
+            )
+            good = [reply for reply in over if reply.outcome == "completed"]
+            refused = [reply for reply in over if reply.status == 429]
+            assert len(good) + len(refused) == len(over)
+            assert refused
+            assert {reply.outcome for reply in at_cap + talk} == {"completed"}
+            assert all(int(reply.headers["retry-after"]) >= 1 for reply in refused)
+            assert in_flight <= 16
+            assert queued <= 8
+            assert fleet.experts["code"][0].state()["running_max"] <= 16
+            p99_ms = np.percentile([reply.took_s for reply in refused], 99) * 1e3
+            print(f"G8: 429 p50 {np.median([r.took_s for r in refused]) * 1e3:.1f} ms, p99 {p99_ms:.1f} ms")
+            print(f"G8: goodput at the cap {len(at_cap)}, at five times the cap {len(good)}, in 2 s each")
+            assert len(good) > 0.8 * len(at_cap)
+            assert len(talk) > 5
+
+        fleet.play(story)
+        fleet.check_ledger()
+
+
+def test_g9_readers_who_stop_hold_little_memory_and_nobody_else_up(tmp_path: Path) -> None:
+    timeouts = {"slow_reader_s": 4.0}
+    with scene(tmp_path, {"code": 1, "talk": 1}, timeouts=timeouts) as fleet:
+
+        async def story(client: Client) -> None:
+            loop = asyncio.get_running_loop()
+            fetch_json(f"{fleet.experts['talk'][0].url}/mock/behave", b'{"itl_s": 0.02}')
+            await client.complete("code", max_tokens=50)
+            alone = await client.complete("talk", max_tokens=100)
+            before_mb = fleet.gateway.resident_mb()
+            body = b'{"prompt": "code", "stream": true, "max_tokens": 40000, "mock": {"pad": 1000}}'
+            slow = []
+            for index in range(20):
+                transport, connection = await loop.create_connection(Connection, "127.0.0.1", fleet.gateway.port)
+                connection.send(wire_request("/v1/completions", body, {"x-request-id": f"slow-{index}"}), "slow")
+                transport.pause_reading()
+                slow.append(connection)
+            await asyncio.sleep(1.5)
+            first_mb = fleet.gateway.resident_mb()
+            beside = await client.complete("talk", max_tokens=100)
+            second_mb = fleet.gateway.resident_mb()
+            assert beside.outcome == "completed"
+            gaps_ms = [float(np.percentile(np.diff(reply.times_s), 99)) * 1e3 for reply in (alone, beside)]
+            await nothing_under_way(fleet)
+            await asyncio.sleep(0.5)
+            after_mb = fleet.gateway.resident_mb()
+            print(
+                f"G9: RSS {before_mb:.0f} MB, with 20 slow readers {first_mb:.0f} and {second_mb:.0f}, "
+                f"after them {after_mb:.0f}; gap p99 {gaps_ms[0]:.1f} ms alone, {gaps_ms[1]:.1f} beside them"
+            )
+            assert max(first_mb, second_mb) - before_mb < 20
+            assert after_mb < before_mb + 20
+            outcomes = [line["outcome"] for line in fleet.gateway_log() if line["request_id"].startswith("slow")]
+            assert outcomes == ["slow_reader"] * 20
+            assert fleet.experts["code"][0].state()["ended"] == {"completed": 1, "cancelled": 20}
+            for connection in slow:
+                connection.transport.abort()
+
+        fleet.play(story)
+
+
+def test_retry_after_follows_the_rate_at_which_answers_end() -> None:
+    from real.admission import DrainRate
+
+    rate = DrainRate()
+    for tenth in range(600):
+        rate.ended(tenth / 10)
+    assert math.isclose(rate.retry_after_s(queued=100, now_s=60), 10, rel_tol=0.1)
+    assert rate.retry_after_s(queued=1, now_s=60) == 1
+    assert rate.retry_after_s(queued=100, now_s=600) == 60
