@@ -15,7 +15,7 @@ from typing import Any
 
 from real.checkpoints import Checkpoint, find_checkpoint
 from real.classifier import load_classifier
-from real.cores import place_replicas, runs_on_cpu, usable_cores
+from real.cores import memory_warning, place_replicas, runs_on_cpu, usable_cores
 from real.expert_server import (
     LOOPBACK,
     START_LIMIT_S,
@@ -252,6 +252,9 @@ def _plan(
 ) -> tuple[list[ReplicaPlan], dict[str, Checkpoint], list[str]]:
     experts = file.fleets[name].experts
     placements, warnings = place_replicas(experts)
+    short = memory_warning(experts)
+    if short is not None:
+        warnings.append(short)
     checkpoints: dict[str, Checkpoint] = {}
     plans: list[ReplicaPlan] = []
     for expert_name, expert in experts.items():
