@@ -1,7 +1,7 @@
 """``accuracy.md``: how far predictions are from measurements, as tables and a picture."""
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from calibrate.contradictions import RULE, contradictions, doubtful_runs
 from calibrate.error_tables import (
     GROUPINGS,
     KEY_METRICS,
@@ -26,6 +27,7 @@ from calibrate.replay import REGIME_RULES, REGIMES
 from calibrate.run_engine import gpu_of_run
 from calibrate.validate import COVERAGE, ErrorRow, Validation
 from sim.plots import COLOURS, GREY, MARKERS, STYLE, save_picture
+from sim.profile import ASSUMED_ERROR_GROWTH
 
 PICTURE = "accuracy.png"
 BAND = 0.1
@@ -126,8 +128,11 @@ def _page(validation: Validation, command: str, peers: Mapping[str, PeerFigure])
         yield _peer_text(peers)
     yield (
         f"The {COVERAGE:.0%} intervals are split-conformal: a prediction times and over the factor that holds the "
-        "errors of the same metric in at least that share of the *other* experiments, each weighted alike, dense and "
-        "mixture together. None is given where there are fewer than nine others."
+        "errors of the same metric in at least that share of the *other* experiments of its kind (dense, mixture), "
+        "each weighted alike. None is given where there are fewer than nine others. Where a run goes beyond the "
+        "batches, KV reads or chunks that its fit had seen, its interval is wider: with the largest of the three `d` "
+        f"doublings beyond, the logarithm of the factor is `1 + {ASSUMED_ERROR_GROWTH:g} d` times that inside, and "
+        "errors are compared in these units."
     )
     yield f"![Predicted against measured]({PICTURE})"
     yield (
@@ -146,6 +151,11 @@ def _page(validation: Validation, command: str, peers: Mapping[str, PeerFigure])
             yield _metric_table(_by_metric(chosen), {})
             yield f"Largest errors of {', '.join(KEY_METRICS)}:"
             yield _worst(chosen)
+    doubtful = set(doubtful_runs(validation.runs.values())) & runs
+    if doubtful:
+        yield "## Runs that contradict others"
+        yield _contradictions_text(validation, doubtful)
+        yield _without_table(rows, doubtful)
     yield "## Not simulated"
     yield (
         "\n".join(
@@ -215,6 +225,27 @@ def _group_table(heading: str, groups: Mapping[str, Mapping[str, ErrorSummary]])
         for name, by_metric in groups.items()
     ]
     return "Mean / median error.\n\n" + _table([heading, "runs", *present], lines)
+
+
+def _contradictions_text(validation: Validation, doubtful: Collection[str]) -> str:
+    pairs = [each for each in contradictions(validation.runs.values()) if each.slower in doubtful]
+    listed = "\n".join(f"- {each.slower}: {each.ratio:.1f} times {each.faster}" for each in pairs)
+    return (
+        f"{RULE} By the measurements alone, no prediction is involved. {len(pairs)} runs do, and with their series "
+        f"{len(doubtful)} are doubted. They are in all tables above.\n\n{listed}\n\nErrors of all runs, with and "
+        "without the doubted ones, mean / median:"
+    )
+
+
+def _without_table(rows: Sequence[ErrorRow], doubtful: Collection[str]) -> str:
+    lines = []
+    for metric in dict.fromkeys(row.metric for row in rows if row.run_id in doubtful):
+        every = [row for row in rows if row.metric == metric]
+        left = [row for row in every if row.run_id not in doubtful]
+        lines.append(
+            [metric, f"{len(every)}", mean_and_median(summary(every)), f"{len(left)}", mean_and_median(summary(left))]
+        )
+    return _table(["metric", "runs", "all", "runs", "without the doubted"], lines)
 
 
 def _worst(rows: Sequence[ErrorRow]) -> str:

@@ -90,7 +90,7 @@ def validate_command(
             measured = read_measured_runs(runs)
         predictor_for: Callable[[str], Predictor]
         if leave_one_out:
-            from calibrate.fit import leave_one_out as fits_without
+            from calibrate.held_out import leave_one_out as fits_without
 
             predictor_for = fits_without(measured)
         else:

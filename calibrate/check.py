@@ -15,7 +15,6 @@ from calibrate.station_times import StationTime, station_times
 from real.iteration_log import IterationLog
 from real.run import run
 from real.serving import RunningFleet, serving
-from sim.resolve import profile_of
 from sim.result import Result
 from sim.run import loads, simulate, trace_replica
 from sim.spec import FleetFile
@@ -135,7 +134,7 @@ def check(file: FleetFile, fleet: str, *, logs: Path, step: Step) -> CheckOutcom
     )
     with step("simulating") as progress:
         predicted = simulate(file, progress=progress)
-        bounds = [simulate(file, iteration_time_factors=factors) for factors in _ends(file, fleet)]
+        bounds = [simulate(file, iteration_time_factors=factors) for factors in _ends(predicted, fleet)]
         bounds += [simulate(file, seed=file.run.seed + draw) for draw in range(1, OTHER_DRAWS + 1)]
     measured: list[Result] = []
     interrupted = False
@@ -172,13 +171,17 @@ def check(file: FleetFile, fleet: str, *, logs: Path, step: Step) -> CheckOutcom
     )
 
 
-def _ends(file: FleetFile, fleet: str) -> list[dict[str, float]]:
-    """All experts' iteration times at either end of what their profiles' held-out errors leave open."""
-    errors = {}
-    for name, expert in file.fleets[fleet].experts.items():
-        profile = profile_of(expert)
-        if profile is not None:
-            errors[name] = profile.residuals.p90_absolute_error
+def _ends(predicted: Result, fleet: str) -> list[dict[str, float]]:
+    """All experts' iteration times at either end of what their profiles' held-out errors leave open.
+
+    Beyond the fitted range the errors are the wider ones that the profile expects there.
+    """
+    errors: dict[str, float] = {}
+    for record in predicted.runs:
+        for replica in record.replicas:
+            if not isnan(replica.iteration_error):
+                name = predicted.fleets[fleet].experts[replica.expert_index].name
+                errors[name] = max(errors.get(name, 0.0), replica.iteration_error)
     if not errors:
         return []
     return [{name: 1 / (1 + error) for name, error in errors.items()}, {name: 1 + e for name, e in errors.items()}]

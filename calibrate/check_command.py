@@ -51,6 +51,7 @@ def command(
     from calibrate.check import as_json as outcome_json
     from calibrate.check import check
     from calibrate.check_report import print_check, write_check
+    from calibrate.engine_under_test import EngineGoneError
     from real.expert_server import EngineFailedError
     from real.serving import only_fleet
     from sim.fleet_file import FleetFileError, load_fleet
@@ -66,7 +67,7 @@ def command(
         calibrated = _calibrated(fleet_file, fleet, minutes, out / "calibration", messages)
         changed = with_changes(calibrated, users=users, seed=None, replications=None)
         outcome = check(changed, fleet, logs=out / "logs", step=lambda what: _step(messages, what))
-    except (FleetFileError, TraceError, EngineFailedError, ValueError, OSError) as error:
+    except (FleetFileError, TraceError, EngineFailedError, EngineGoneError, ValueError, OSError) as error:
         messages.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

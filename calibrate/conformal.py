@@ -8,7 +8,10 @@ from numpy.typing import NDArray
 
 
 def interval_factors(
-    absolute_log_errors: NDArray[np.float64], experiments: Sequence[str], coverage: float
+    absolute_log_errors: NDArray[np.float64],
+    experiments: Sequence[str],
+    coverage: float,
+    widening: NDArray[np.float64] | None = None,
 ) -> NDArray[np.float64]:
     """Return for each row the factor q such that ``prediction / q .. prediction * q`` has this coverage.
 
@@ -22,14 +25,19 @@ def interval_factors(
         absolute_log_errors: shape (n,), ``abs(log(measured / predicted))``.
         experiments: of each row.
         coverage: between 0 and 1.
+        widening: shape (n,), how large each row's error is thought to be relative to others; None: all alike. Errors
+            are ranked in these units (normalised conformal prediction, Papadopoulos, Gammerman and Vovk 2008), which
+            keeps the coverage whatever the units: a row twice as wide gets a factor of ``q ** 2``.
     """
+    units = np.ones_like(absolute_log_errors) if widening is None else widening
+    scores = absolute_log_errors / units
     names, group = np.unique(np.array(experiments, dtype=str), return_inverse=True)
     weight = 1 / np.bincount(group)[group]
-    order = np.argsort(absolute_log_errors, kind="stable")
+    order = np.argsort(scores, kind="stable")
     needed = coverage * len(names)  # the others, and the own one for itself
     by_group = {}
     for own in range(len(names)):
         others = order[group[order] != own]
         reached = np.cumsum(weight[others]) >= needed - 1e-9
-        by_group[own] = float(np.exp(absolute_log_errors[others[np.argmax(reached)]])) if reached.any() else inf
-    return np.array([by_group[own] for own in group.tolist()], dtype=np.float64)
+        by_group[own] = float(np.exp(scores[others[np.argmax(reached)]])) if reached.any() else inf
+    return np.asarray(np.array([by_group[own] for own in group.tolist()], dtype=np.float64) ** units)

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from calibrate.contradictions import doubtful_runs
 from calibrate.error_tables import (
     GROUPINGS,
     KEY_METRICS,
@@ -16,6 +17,7 @@ from calibrate.error_tables import (
     shown_pct,
     skipped_by_reason,
     summaries,
+    summary,
 )
 from calibrate.validate import COVERAGE, Validation
 
@@ -32,6 +34,17 @@ def print_validation(validation: Validation, console: Console) -> None:
         console.print(_metrics_table(summaries(validation)["all"]))
         for name in SHOWN_GROUPINGS:
             console.print(_group_table(name, summaries(validation, GROUPINGS[name])))
+    doubtful = set(doubtful_runs(validation.runs.values())) & {row.run_id for row in rows}
+    if doubtful:
+        left = [row for row in rows if row.run_id not in doubtful]
+        names = common_start(sorted(doubtful))
+        console.print(f"{len(doubtful)} runs contradict others of the table: {names}", highlight=False)
+        for metric in sorted({row.metric for row in rows if row.run_id in doubtful}):
+            every, without = ([row for row in some if row.metric == metric] for some in (rows, left))
+            console.print(
+                f"  {metric}: {mean_and_median(summary(every))} %, without them {mean_and_median(summary(without))} %",
+                highlight=False,
+            )
     if validation.skipped:
         console.print(f"not simulated, {len(validation.skipped)} of {len(validation.runs)} runs:", highlight=False)
         for reason, run_ids in skipped_by_reason(validation):

@@ -13,31 +13,40 @@ experiments at a time, because the stages of one share what is odd about it; and
 known noise and prior, which holds where few experiments tell of a parameter, or none does.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
-from math import ceil, floor, isnan, nan
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
+from calibrate.front_end import front_end_delay_s
 from calibrate.measured_runs import MeasuredRun
+from calibrate.observations import Observation, build_curve, observe
+from calibrate.parameters import (
+    CONFIDENCE,
+    CORRECTIONS,
+    GROUPS,
+    OVERHEADS,
+    EngineGroup,
+    Estimate,
+    group_of,
+    overhead_columns,
+)
 from calibrate.predictor import CannotPredictError, PredictedEngine
-from calibrate.run_engine import schedules_asynchronously, shape_of
 from sim.factors import Factors, OverheadFactors, packaged_factors
 from sim.fleet import FrontEnd
-from sim.memory import engine_defaults
-from sim.roofline import Corrections, Roofline, default_front_end
-from sim.service_curve import CurveSource, IterationWork
+from sim.profile import ASSUMED_ERROR_GROWTH
+from sim.roofline import Corrections, default_front_end
+from sim.service_curve import CurveSource
 from sim.streams import stream
 
-CORRECTIONS = tuple(field.name for field in fields(Corrections))
-OVERHEADS = tuple(field.name for field in fields(OverheadFactors))
-
-PRIOR_SPREAD = {"matrix": 0.05, "kv_read": 0.1, "all_reduce": 0.3, "small_kernels": 0.3}
-"""How far a correction may plausibly lie from 1: about the median errors of the kernel fits in sim/data/roofline.json
+PRIOR_SPREAD = {"matrix": 0.05, "kv_read": 0.1, "prefill_attention": 0.07, "all_reduce": 0.3, "small_kernels": 0.3}
+"""How far a correction may plausibly lie from 1: about the errors of the kernel fits in sim/data/roofline.json
 (matrix products and attention 4 to 11 %, all-reduces 1 to 16 % and fused or overlapped in some engines; small kernels
-were measured on other GPUs)."""
+were measured on other GPUs). Serving runs hardly tell of prefill attention, so its interval is that of the measured
+kernels: 7 % is the standard deviation of their logarithmic errors where pairs take more than half of the time."""
 NOISE = 0.03
 """Relative error of one measured stage: repeated experiments with one model differ by 1 to 3 %."""
 HUBER = 1.5
@@ -53,63 +62,7 @@ UNKNOWN_SPREAD = {
 standard deviation before any measurement; the fit itself has no such prior, for it forbids what this rules out: of two
 overheads that always occur together one far below zero, the other far above."""
 RESAMPLES = 200
-CONFIDENCE = 0.9
 _NORMAL_QUANTILE = 1.645  # of a normal distribution, for CONFIDENCE
-
-DISTINCT_PROMPTS = 100
-"""The load generator of the open-loop runs sent this many prompts over and over, so later ones hit the prefix cache."""
-BLOCK_TOKENS = 16
-CHAT_PROMPT_TOKENS = 200  # of the saturated runs, whose prompts are not in the data: an assumption
-
-
-@dataclass(frozen=True, slots=True)
-class EngineGroup:
-    """Engine versions that are taken to add the same to their kernels."""
-
-    name: str
-    async_scheduling: bool
-
-
-ASYNCHRONOUS = EngineGroup("vLLM 0.14 and later, asynchronous scheduling", True)
-SYNCHRONOUS = EngineGroup("vLLM before 0.14 or of unknown version, synchronous scheduling", False)
-GROUPS = (ASYNCHRONOUS, SYNCHRONOUS)
-
-
-def group_of(run: MeasuredRun) -> EngineGroup:
-    """Return the group of a run's engine."""
-    return group_of_version(run.engine_version)
-
-
-def group_of_version(engine_version: str) -> EngineGroup:
-    """Return the group of an engine version, e.g. of "0.15.1" or "vLLM 0.15.1"."""
-    return ASYNCHRONOUS if schedules_asynchronously(engine_version) else SYNCHRONOUS
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Observation:
-    """A measured iteration time and what each parameter contributes to it.
-
-    Attributes:
-        terms: shape (parameters,); their product with the parameters is the predicted time in seconds.
-        decodes: mean number of requests decoding.
-        kv_tokens: mean KV read per iteration.
-    """
-
-    run: MeasuredRun
-    group: EngineGroup
-    measured_s: float
-    terms: NDArray[np.float64]
-    decodes: float
-    kv_tokens: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
-    """A fitted parameter and its 90 % interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,20 +72,22 @@ class Calibration:
     Attributes:
         corrections: by name of CORRECTIONS.
         overheads: by engine group, then by name of OVERHEADS.
-        delays_s: front-end delay of a request by engine group; NaN where no TTFT was measured.
+        delays_s: front-end delay of a request by engine group, where a TTFT was measured.
         observations: what it was fitted to.
         experiments: their experiments.
         left_out: reason -> how many runs of the table could not be used for fitting.
         errors: relative errors of the fit on its own observations, shape (observations,).
+        factors: kernel efficiencies that the corrections are of; None: the packaged ones.
     """
 
     corrections: dict[str, Estimate]
     overheads: dict[EngineGroup, dict[str, Estimate]]
-    delays_s: dict[EngineGroup, float]
+    delays_s: dict[EngineGroup, Estimate]
     observations: tuple[Observation, ...]
     experiments: tuple[str, ...]
     left_out: dict[str, int]
     errors: NDArray[np.float64]
+    factors: Factors | None = None
 
     def engine_of(self, run: MeasuredRun) -> PredictedEngine:
         """Return the engine of a run by its shape.
@@ -142,9 +97,23 @@ class Calibration:
         """
         group = group_of(run)
         label = f"fit without {run.exp}" if run.exp not in self.experiments else "fit, this experiment in it"
-        curve = build_curve(run, group, self.point_corrections(), self.point_overhead(group), label=label)
+        overhead = self.point_overhead(group)
+        source = self.source(group, label)
+        curve = build_curve(run, group, self.point_corrections(), overhead, factors=self.factors, source=source)
         return PredictedEngine(
             curve=curve, front_end=self.front_end(group), async_scheduling=group.async_scheduling, label=label
+        )
+
+    def source(self, group: EngineGroup, label: str) -> CurveSource:
+        """Return what the curves of a group say of themselves: label, and the range of its observations."""
+        seen = [each for each in self.observations if each.group is group]
+        return CurveSource(
+            label=label,
+            detail=label,
+            max_decodes=round(max(each.decodes for each in seen)),
+            max_decode_kv_tokens=round(max(each.kv_tokens for each in seen)),
+            max_prefill_tokens=max(each.run.max_num_batched_tokens or 0 for each in seen),
+            error_growth_per_doubling=ASSUMED_ERROR_GROWTH,
         )
 
     def point_corrections(self) -> Corrections:
@@ -173,12 +142,19 @@ class Calibration:
     def front_end(self, group: EngineGroup) -> FrontEnd:
         """Return a group's front end: the packaged one with the group's delay where that was measured."""
         costs = asdict(default_front_end())
-        if not isnan(self.delays_s.get(group, nan)):
-            costs["delay_s"] = self.delays_s[group]
+        if group in self.delays_s:
+            costs["delay_s"] = self.delays_s[group].value
         return FrontEnd(**costs)
 
 
-def fit(runs: Iterable[MeasuredRun], *, without: Collection[str] = (), resamples: int = RESAMPLES) -> Calibration:
+def fit(
+    runs: Iterable[MeasuredRun],
+    *,
+    without: Collection[str] = (),
+    resamples: int = RESAMPLES,
+    kernels: Literal["V1", "V0"] = "V1",
+    factors: Factors | None = None,
+) -> Calibration:
     """Fit the parameters to measured runs.
 
     Args:
@@ -186,6 +162,8 @@ def fit(runs: Iterable[MeasuredRun], *, without: Collection[str] = (), resamples
             and counted.
         without: experiments to leave out, to be predicted by a fit that has not seen them.
         resamples: refits for the intervals; 0: no intervals, each is its value.
+        kernels: generation of engines to fit, see ``EngineGroup``; runs of the other are left out and counted.
+        factors: kernel efficiencies that the corrections are of; None: the packaged ones.
 
     Raises:
         ValueError: no run is left to fit to.
@@ -195,7 +173,9 @@ def fit(runs: Iterable[MeasuredRun], *, without: Collection[str] = (), resamples
     for run in runs:
         if run.exp in without:
             continue
-        found = observe(run)
+        found = observe(run, factors)
+        if not isinstance(found, str) and found.group.kernels != kernels:
+            found = f"{found.group.name}, other kernels: fitted apart"
         if isinstance(found, str):
             left_out[found] = left_out.get(found, 0) + 1
         else:
@@ -234,9 +214,15 @@ def fit(runs: Iterable[MeasuredRun], *, without: Collection[str] = (), resamples
         experiments=tuple(experiments),
         left_out=left_out,
         errors=errors,
+        factors=factors,
     )
     for group in seen_groups:
-        calibration.delays_s[group] = _front_end_delay_s(calibration, group)
+        corrections, overhead = calibration.point_corrections(), calibration.point_overhead(group)
+        seen = [each for each in observations if each.group is group]
+        curves = [build_curve(each.run, group, corrections, overhead, factors=factors) for each in seen]
+        delay_s = front_end_delay_s(seen, curves, resamples=resamples)
+        if delay_s is not None:
+            calibration.delays_s[group] = delay_s
     return calibration
 
 
@@ -295,229 +281,3 @@ def solve(design: NDArray[np.float64], measured_s: NDArray[np.float64]) -> NDArr
 def huber_weights(errors: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return how much observations with these relative errors count, 1 unless they are beyond HUBER."""
     return HUBER / np.maximum(np.abs(errors) / NOISE, HUBER)
-
-
-# -------------------------------------------------------------------------------------------------- observations
-
-
-def observe(run: MeasuredRun) -> Observation | str:
-    """Return what a run says of iteration times, or why it says nothing usable."""
-    if run.flag:
-        return "flagged"
-    if run.arch != "dense":
-        return "a mixture of experts"
-    if run.engine.casefold() != "vllm":
-        return "an engine other than vLLM"
-    if run.dp != 1:
-        return "data parallel, several engines in one row"
-    if run.load_type == "open_loop" and not isnan(run.tpot_mean_s):
-        measured_s = run.tpot_mean_s
-        # Little's law; an arriving request finds the others and adds itself (arrival theorem).
-        decodes = run.rate_rps * measured_s * (run.output_tokens_mean - 1) + 1
-        prompt_tokens = run.prompt_tokens_mean
-        prefills_per_iteration = run.rate_rps * measured_s
-    elif run.load_type == "saturated_closed_loop" and not isnan(run.itl_p50_s):
-        measured_s = run.itl_p50_s
-        decodes = run.concurrency_mean
-        if run.max_num_seqs is not None and not decodes <= run.max_num_seqs:
-            decodes = float(run.max_num_seqs)
-        if decodes > run.output_tokens_mean / 2:
-            return "half its iterations carry a prefill, which its median gap between tokens then holds"
-        prompt_tokens = CHAT_PROMPT_TOKENS
-        prefills_per_iteration = 0.0
-    else:
-        return "no mean time per output token in an open loop, and no median gap in a saturated one"
-    if "gpqa" in run.workload:
-        return "prompts of unknown length with long outputs"
-    if run.engine_version and group_of(run) is SYNCHRONOUS and run.load_type == "open_loop":
-        return "an open loop on an engine before 0.14, too few and too short to fit"
-    context_tokens = prompt_tokens + run.output_tokens_mean / 2
-    group = group_of(run)
-    try:
-        if not Factors.is_measured(shape_of(run)[2]):
-            return "a GPU whose kernels were not measured, so that its terms would stand for another's"
-        contributions = _terms(run, group, decodes, context_tokens, prompt_tokens, prefills_per_iteration)
-    except CannotPredictError as error:
-        return str(error)
-    return Observation(
-        run=run,
-        group=group,
-        measured_s=measured_s,
-        terms=contributions,
-        decodes=decodes,
-        kv_tokens=decodes * context_tokens,
-    )
-
-
-def overhead_columns(group: EngineGroup) -> slice:
-    """Return where a group's overheads are among the parameters."""
-    first = len(CORRECTIONS) + GROUPS.index(group) * len(OVERHEADS)
-    return slice(first, first + len(OVERHEADS))
-
-
-def _terms(
-    run: MeasuredRun,
-    group: EngineGroup,
-    decodes: float,
-    context_tokens: float,
-    prompt_tokens: float,
-    prefills_per_iteration: float,
-) -> NDArray[np.float64]:
-    """Return seconds per unit of each parameter: the roofline with that parameter at 1 and all others at 0."""
-    linear = packaged_factors().without_launches()
-
-    def seconds_of(parameter: str) -> float:
-        corrections = Corrections(**{name: float(name == parameter) for name in CORRECTIONS})
-        overhead = OverheadFactors(**{name: float(name == parameter) for name in OVERHEADS})
-        curve = build_curve(run, group, corrections, overhead, factors=linear)
-        return _steady_iteration_s(curve, run, decodes, context_tokens, prompt_tokens, prefills_per_iteration)
-
-    terms = np.zeros(len(CORRECTIONS) + len(GROUPS) * len(OVERHEADS))
-    terms[: len(CORRECTIONS)] = [seconds_of(name) for name in CORRECTIONS]
-    terms[overhead_columns(group)] = [seconds_of(name) for name in OVERHEADS]
-    return terms
-
-
-def _steady_iteration_s(
-    curve: Roofline,
-    run: MeasuredRun,
-    decodes: float,
-    context_tokens: float,
-    prompt_tokens: float,
-    prefills_per_iteration: float,
-) -> float:
-    """Return the mean time of an iteration at a steady load: its decodes, and its share of prefills."""
-
-    def at(batch: int) -> float:
-        kv_tokens = round(batch * context_tokens)
-        decode_s = curve.iteration_s(IterationWork(0, 0, 0.0, 0, batch, kv_tokens))
-        if not prefills_per_iteration:
-            return decode_s
-        tail = _tail_tokens()
-        warm_s = curve.iteration_s(_with_chunk(tail, prompt_tokens, batch, kv_tokens)) - decode_s
-        cold_s = curve.iteration_s(_with_chunk(prompt_tokens, prompt_tokens, batch, kv_tokens)) - decode_s
-        cold = cold_share(run)
-        return decode_s + prefills_per_iteration * ((1 - cold) * warm_s + cold * cold_s)
-
-    low, high = max(1, floor(decodes)), max(1, ceil(decodes))
-    return at(low) if low == high else at(low) * (high - decodes) + at(high) * (decodes - low)
-
-
-def _with_chunk(new_tokens: float, prompt_tokens: float, decodes: int, kv_tokens: int) -> IterationWork:
-    new, prompt = max(1, round(new_tokens)), round(prompt_tokens)
-    pairs = new * (prompt - new) + new * (new + 1) / 2
-    return IterationWork(new, 1, pairs, prompt, decodes, kv_tokens)
-
-
-def _tail_tokens() -> float:
-    """Return the mean number of prompt tokens after the last whole cached block: 1 to a block, evenly."""
-    return (1 + BLOCK_TOKENS) / 2
-
-
-def cold_share(run: MeasuredRun) -> float:
-    """Return the share of an open-loop run's prompts that found no prefix in the cache."""
-    if not run.prefix_caching:
-        return 1.0
-    if run.stage > 0:
-        return 0.0
-    return min(1.0, DISTINCT_PROMPTS / run.n_requests) if run.n_requests else 0.0
-
-
-def _front_end_delay_s(calibration: Calibration, group: EngineGroup) -> float:
-    """Return what the mean TTFT of a group's runs holds beyond iterations and the front end's work (median over runs).
-
-    With asynchronous scheduling the next iteration is already scheduled when a request arrives: it waits for half of
-    the one in flight on average and all of the next, then takes its own; synchronously it does not wait for the next.
-    """
-    costs = default_front_end()
-    delays_s = []
-    for seen in calibration.observations:
-        run = seen.run
-        if seen.group is not group or isnan(run.ttft_mean_s):
-            continue
-        curve = build_curve(run, group, calibration.point_corrections(), calibration.point_overhead(group))
-        batch, kv_tokens = max(1, round(seen.decodes)), round(seen.kv_tokens)
-        cold = cold_share(run)
-        own_s = (1 - cold) * curve.iteration_s(_with_chunk(_tail_tokens(), run.prompt_tokens_mean, batch, kv_tokens))
-        own_s += cold * curve.iteration_s(_with_chunk(run.prompt_tokens_mean, run.prompt_tokens_mean, batch, kv_tokens))
-        waits = 1.5 if group.async_scheduling else 0.5
-        front_end_s = costs.per_request_s + costs.per_prompt_token_s * run.prompt_tokens_mean
-        front_end_s += costs.per_output_token_s * seen.decodes  # the tokens of its iteration
-        delays_s.append(run.ttft_mean_s - waits * seen.measured_s - own_s - front_end_s)
-    return max(0.0, float(np.median(delays_s))) if delays_s else nan
-
-
-# --------------------------------------------------------------------------------------------------------- curves
-
-
-def build_curve(
-    run: MeasuredRun,
-    group: EngineGroup,
-    corrections: Corrections,
-    overhead: OverheadFactors,
-    *,
-    label: str = "fit",
-    factors: Factors | None = None,
-) -> Roofline:
-    """Return the curve of a run's engine; ``factors`` as ``Roofline`` takes them.
-
-    Raises:
-        CannotPredictError: see ``shape_of``.
-    """
-    model, quantization, gpu = shape_of(run)
-    tokens, seqs = engine_defaults(gpu)
-    return Roofline(
-        model,
-        quantization,
-        gpu,
-        tensor_parallel_size=run.tp,
-        max_num_seqs=run.max_num_seqs or seqs,
-        max_num_batched_tokens=run.max_num_batched_tokens or tokens,
-        async_scheduling=group.async_scheduling,
-        sampling_filter=model.default_sampling,
-        factors=factors,
-        overhead=overhead,
-        corrections=corrections,
-        source=CurveSource(label=label, detail=label),
-    )
-
-
-def leave_one_out(runs: Sequence[MeasuredRun]) -> Callable[[str], Calibration]:
-    """Return a function from an experiment to the fit to all others; point estimates only, remembered."""
-    known: dict[str, Calibration] = {}
-
-    def without(experiment: str) -> Calibration:
-        if experiment not in known:
-            known[experiment] = fit(runs, without=(experiment,), resamples=0)
-        return known[experiment]
-
-    return without
-
-
-HeldOut = Sequence[tuple[Observation, float]]
-"""Observations with the relative errors of fits that had not seen them."""
-
-
-def held_out_errors(
-    runs: Iterable[MeasuredRun], group: EngineGroup, unit: Callable[[MeasuredRun], str] = lambda run: run.exp
-) -> HeldOut:
-    """Return each observation of a group with the relative error of the fit to the runs of all other units.
-
-    Args:
-        runs: as ``fit`` takes them.
-        group: what does not tell of its overheads without the unit is left out.
-        unit: what a run belongs to that is left out as a whole; by default its experiment.
-    """
-    observations = [seen for seen in map(observe, runs) if not isinstance(seen, str)]
-    errors: list[tuple[Observation, float]] = []
-    for name in sorted({unit(seen.run) for seen in observations if seen.group is group}):
-        others = [seen.run for seen in observations if unit(seen.run) != name]
-        if not any(group_of(run) is group for run in others):
-            continue
-        value = fit(others, resamples=0).parameters()
-        errors += [
-            (seen, float(seen.terms @ value / seen.measured_s - 1))
-            for seen in observations
-            if seen.group is group and unit(seen.run) == name
-        ]
-    return errors

@@ -9,7 +9,8 @@ import click
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from calibrate.fit import Calibration, EngineGroup
+    from calibrate.fit import Calibration
+    from calibrate.parameters import EngineGroup
     from calibrate.profiles import ExpertKey
 
 
@@ -23,6 +24,19 @@ if TYPE_CHECKING:
     help="Write a profile of this expert, measured or not; may be repeated. Default: all that were measured.",
 )
 @click.option("--llama-family", is_flag=True, help="Write profiles of the Llama experts that come with the package.")
+@click.option(
+    "--static-batch",
+    "static_batch",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Also fit static batches (CSV): requests that start and end together, without a server.",
+)
+@click.option(
+    "--operators",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Kernel efficiencies from these operator times (CSV) instead of the packaged ones.",
+)
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
@@ -42,22 +56,31 @@ def fit_command(
     runs: Path,
     experts: tuple[str, ...],
     llama_family: bool,
+    static_batch: Path | None,
+    operators: Path | None,
     out: Path,
     engine: str | None,
     engine_version: str | None,
 ) -> None:
     """Fit corrections of the roofline and engine overheads to RUNS (CSV) and write one profile per expert.
 
+    Engines before vLLM 0.8 (V0) have other kernels and are fitted apart, to what was measured on them; --engine-version
+    decides whose parameters the profiles take.
+
     Prints every parameter with its interval, the errors on experiments left out of the fit, what was not used and why,
     and what to measure next. RUNS may also be a folder that ``calibrate measure`` wrote: its engines' iterations then
     become profiles of terms, with what they were measured on and with.
     """
-    from calibrate.fit import fit, group_of_version, held_out_errors
+    from calibrate.fit import fit
     from calibrate.fit_report import print_fit, print_suggestions
+    from calibrate.held_out import held_out_errors
     from calibrate.measured_runs import MeasurementError, read_measured_runs
     from calibrate.next_measurements import candidate_points, knowledge, suggest
+    from calibrate.operators import operator_factors, read_operators
+    from calibrate.parameters import group_of_version
     from calibrate.profiles import expert_key, find_held_out_errors, make_profile, provenance_of, write_profiles
     from calibrate.profiles import llama_family as llama_experts
+    from calibrate.static_batch import read_static_batches
 
     messages, console = Console(stderr=True), Console()
     if runs.is_dir():
@@ -70,13 +93,18 @@ def fit_command(
         fit_folders(runs, out, messages, console)
         return
     try:
-        asked = [*map(expert_key, experts), *(llama_experts() if llama_family else [])]
+        asked = [*map(expert_key, experts)]
         measured = read_measured_runs(runs)
-        calibration = fit(measured)
-        version = engine_version or _commonest_version(calibration)
+        if static_batch is not None:
+            measured += read_static_batches(static_batch)
+        factors = None if operators is None else operator_factors(read_operators(operators))
+        version = engine_version or _commonest_version(fit(measured, resamples=0, factors=factors))
         group = group_of_version(version)
+        calibration = fit(measured, kernels=group.kernels, factors=factors)
         calibration.point_overhead(group)  # a group that was not measured ends here
-        errors = find_held_out_errors(measured, group)
+        errors = find_held_out_errors(measured, group, factors)
+        if llama_family:
+            asked += llama_experts(("bf16", *errors.by_quantization))
         keys = list(dict.fromkeys(asked)) or _measured_experts(calibration, group)
         profiles = [
             make_profile(
@@ -95,7 +123,10 @@ def fit_command(
         messages.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(2) from None
     known = {each: knowledge(calibration, each) for each in calibration.overheads}
-    held_out = {each: errors.by_experiment if each is group else held_out_errors(measured, each) for each in known}
+    held_out = {
+        each: errors.by_experiment if each is group else held_out_errors(measured, each, factors=factors)
+        for each in known
+    }
     print_fit(calibration, known, held_out, console)
     worst = known[group][0]
     points = candidate_points(_suggestible(calibration, keys), version)

@@ -9,8 +9,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from calibrate.fit import CONFIDENCE, Calibration, EngineGroup, Estimate, HeldOut, Observation
+from calibrate.fit import Calibration
+from calibrate.held_out import HeldOut
 from calibrate.next_measurements import OUTPUT_TOKENS, PROMPT_TOKENS, Knowledge, Suggestion
+from calibrate.observations import Observation
+from calibrate.parameters import CONFIDENCE, EngineGroup, Estimate
 from calibrate.run_engine import shape_of
 
 UNITS = {
@@ -39,6 +42,9 @@ def print_fit(
     for group, parameters in known.items():
         _print_line(console, f"\n{group.name}")
         console.print(_parameters_table(parameters))
+        if group in calibration.delays_s:
+            value, interval = _value_and_interval(calibration.delays_s[group], 1e3)
+            _print_line(console, f"front-end delay of a request: {value} ms, {CONFIDENCE:.0%} interval {interval}")
         _print_line(console, "errors of the time per output token on experiments left out of the fit, %")
         console.print(_errors_table(held_out[group]))
     if calibration.left_out:

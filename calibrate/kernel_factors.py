@@ -23,7 +23,10 @@ _L2_BYTES = (1e6, 128e6)  # repeated benchmarks may find KV of this size in the 
 _MAX_MESSAGE_BYTES = 2**27  # 8,192 tokens of a 70B model
 _MAX_OWN_KERNEL_BYTES = 2**23  # vLLM hands larger messages to NCCL
 _NCCL_GPU, _NCCL_SOURCE = "H100-SXM-80GB", "microsoft/vidur"
-_VLLM_KERNELS = "ai-dynamo/aiconfigurator"
+_PCIE_BETWEEN_PAIRS = {"A100 pairwise NVLink": 32e9, "H100 pairwise NVLink": 64e9}  # PCIe 4.0 and 5.0, 16 lanes
+_PAIRED_GPUS = 4
+_MOST_GPUS_OF_OWN_KERNEL_OVER_PCIE = 2
+_VLLM_KERNELS = "vllm_"
 
 
 class Factor(NamedTuple):
@@ -59,7 +62,9 @@ def gemm_factors(ops: pd.DataFrame) -> list[Factor]:
 
 def attention_factors(ops: pd.DataFrame) -> list[Factor]:
     """Attention, per architecture and KV format: rates from prefill kernels, the rest from decode kernels."""
-    rows = ops[ops["source"].str.startswith(_VLLM_KERNELS) & (ops["n_q_heads"] >= 8) & (ops["head_dim"] == 128)]
+    rows = ops[
+        ops["kernel"].str.startswith(_VLLM_KERNELS, na=False) & (ops["n_q_heads"] >= 8) & (ops["head_dim"] == 128)
+    ]
     factors: list[Factor] = []
     for (architecture, dtype), group in rows.groupby([_architectures(rows), "kv_dtype"]):
         label = "fp8" if dtype == "fp8" else "bf16"
@@ -102,30 +107,58 @@ def attention_factors(ops: pd.DataFrame) -> list[Factor]:
 
 
 def all_reduce_factors(ops: pd.DataFrame) -> list[Factor]:
-    """All-reduce, per architecture and size: vLLM's kernel inside CUDA graphs, and NCCL for large messages."""
+    """All-reduce, per kind of link and size: vLLM's kernel inside CUDA graphs, and NCCL for large messages.
+
+    Over PCIe vLLM's kernel was measured where vLLM itself does not use it: it disables it on more than two GPUs without
+    NVLink (``custom_all_reduce.py``) and leaves messages of more than 8 MiB to NCCL. There the rows show 1 to 2 GB/s of
+    a link of 32 GB/s, which no prefill pays. NCCL's ring over PCIe was measured on four GPUs that have NVLink only
+    pair by pair, so that its slowest hop, which sets the pace, is PCIe.
+    """
     rows = ops[(ops["op"] == "all_reduce") & (ops["kernel"] == "vLLM_custom_graph")]
     nccl = ops[(ops["op"] == "all_reduce") & (ops["gpu"] == _NCCL_GPU) & ops["source"].eq(_NCCL_SOURCE)]
     nccl = nccl[nccl["bytes"] >= _MAX_OWN_KERNEL_BYTES]
     factors: list[Factor] = []
-    for (architecture, tp), group in rows.groupby([_architectures(rows), "tp"]):
+    for (link, tp), group in rows.groupby([_links(rows), "tp"]):
         size = int(str(tp).removesuffix(".0"))
-        name = f"{architecture}.all_reduce_tp{size}"
-        has_nccl = architecture == "hopper"
-        limit = _MAX_OWN_KERNEL_BYTES if has_nccl else _MAX_MESSAGE_BYTES
+        name = f"{link}.all_reduce_tp{size}"
+        limit = _MAX_MESSAGE_BYTES if link == "ampere" else _MAX_OWN_KERNEL_BYTES
         own, how = _all_reduce_fit(group[group["bytes"] <= limit], size)
-        factors += _named(name, ("fixed_s", "link_efficiency"), own, f"{how}, vLLM's kernel in a graph")
-        if has_nccl:
-            large, how = _all_reduce_fit(nccl[nccl["tp"] == tp], size)
-            how += f", NCCL (Vidur) from {_MAX_OWN_KERNEL_BYTES / 2**20:.0f} MiB on, where vLLM's kernel ends"
+        how = f"{how}, vLLM's kernel in a graph"
+        if link == "hopper" and (nccl["tp"] == tp).any():
+            large, how_large = _all_reduce_fit(nccl[nccl["tp"] == tp], size)
+            how_large += f", NCCL (Vidur) from {_MAX_OWN_KERNEL_BYTES / 2**20:.0f} MiB on, where vLLM's kernel ends"
+        elif link == "pcie" and ops["gpu"].isin(list(_PCIE_BETWEEN_PAIRS)).any():
+            large, how_large = _nccl_over_pcie(ops, size)
+            if size > _MOST_GPUS_OF_OWN_KERNEL_OVER_PCIE:
+                own, how = large, f"vLLM disables its kernel on more than two GPUs linked by PCIe: NCCL; {how_large}"
         else:
-            large, how = own, "no measured NCCL over such links: vLLM's kernel is taken at every size"
-        factors += _named(name, ("nccl_fixed_s", "nccl_link_efficiency"), large, how)
+            large, how_large = own, "no measured NCCL over such links: vLLM's kernel is taken at every size"
+        factors += _named(name, ("fixed_s", "link_efficiency"), own, how)
+        factors += _named(name, ("nccl_fixed_s", "nccl_link_efficiency"), large, how_large)
     return factors
 
 
+def _nccl_over_pcie(ops: pd.DataFrame, size: int) -> tuple[Floats, str]:
+    """Return fixed seconds and share of the link of NCCL's ring whose slowest hop is PCIe."""
+    rows = ops[(ops["op"] == "all_reduce") & ops["gpu"].isin(list(_PCIE_BETWEEN_PAIRS)) & (ops["tp"] == _PAIRED_GPUS)]
+    rows = rows[rows["bytes"] <= _MAX_MESSAGE_BYTES]
+    links = np.asarray(rows["gpu"].map(_PCIE_BETWEEN_PAIRS), np.float64)
+    fitted, how = _ring_fit(rows, _PAIRED_GPUS, links)
+    how += (
+        f", NCCL (Vidur) over {_PAIRED_GPUS} GPUs with NVLink only pair by pair, whose ring passes over PCIe; the "
+        f"fixed time times {size - 1}/{_PAIRED_GPUS - 1} for the hops of a ring of {size} (assumed), the share of the "
+        "link as measured (assumed to hold on servers of other GPUs, whose slots may share lanes)"
+    )
+    return fitted * [(size - 1) / (_PAIRED_GPUS - 1), 1.0], how
+
+
 def _all_reduce_fit(rows: pd.DataFrame, size: int) -> tuple[Floats, str]:
+    """Return fixed seconds and link efficiency of all-reduces over these GPUs' own links."""
+    return _ring_fit(rows, size, _per_gpu(rows, lambda gpu: gpu.link_bandwidth_bytes_per_s))
+
+
+def _ring_fit(rows: pd.DataFrame, size: int, links: Floats) -> tuple[Floats, str]:
     """Return fixed seconds and link efficiency; a ring moves ``2 (n - 1) / n`` of the message over each link."""
-    links = _per_gpu(rows, lambda gpu: gpu.link_bandwidth_bytes_per_s)
     moved_s = 2 * (size - 1) / size * rows["bytes"].to_numpy(float) / links
 
     def all_reduce_s(p: Floats) -> Floats:
@@ -248,6 +281,10 @@ def _rates(rows: pd.DataFrame, dtype: str) -> Floats:
 
 def _architectures(rows: pd.DataFrame) -> "pd.Series[str]":
     return rows["gpu"].map(lambda name: Factors.architecture(find_gpu(name))).rename("architecture")
+
+
+def _links(rows: pd.DataFrame) -> "pd.Series[str]":
+    return rows["gpu"].map(lambda name: Factors.link(find_gpu(name))).rename("link")
 
 
 def _gpus(rows: pd.DataFrame) -> str:

@@ -4,27 +4,23 @@ The columns are those of the shared ``serving_runs.csv`` and ``requests.csv.gz``
 per second throughout; an empty cell means not measured or not published.
 """
 
-import csv
-import gzip
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from math import isfinite, nan
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from calibrate.csv_table import MeasurementError as MeasurementError
+from calibrate.csv_table import cell_mistake, number_cell, parsed_cell, table_rows
 
 METRICS = (
     *(f"{latency}_{part}" for latency in ("ttft", "tpot", "e2e", "itl") for part in ("mean", "p50", "p90", "p99")),
     "output_throughput",
 )
 """Figures a prediction is held to: latencies in seconds and ``output_throughput`` in tokens per second."""
-
-
-class MeasurementError(ValueError):
-    """A table of measurements that cannot be read; names file, line, column, value and what was expected."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +35,9 @@ class MeasuredRun:
         tp: tensor-parallel size; ``dp`` data-parallel size.
         gpu_mem_util: ``gpu_memory_utilization``, a share.
         kv_blocks: as the engine reports them, its null block included.
-        load_type: ``open_loop``, ``closed_loop``, ``saturated_closed_loop`` or ``burst``.
+        load_type: ``open_loop``, ``closed_loop``, ``saturated_closed_loop``, ``burst``, or ``static_batch``
+            (requests that start and end together, without a server).
+        kv_dtype: of the KV cache; empty: that of the model.
         concurrency_limit: users of a closed loop.
         concurrency_mean: time average of requests in flight.
         shared_prefix_tokens: prompt tokens that all requests were configured to share.
@@ -108,6 +106,7 @@ class MeasuredRun:
     requests_per_s: float = nan
     flag: str = ""
     notes: str = ""
+    kv_dtype: str = ""
     source_repo: str = ""
     source_path: str = ""
     source_commit: str = ""
@@ -178,18 +177,20 @@ def read_measured_runs(path: Path) -> list[MeasuredRun]:
     parsers = {field.name: (_column_of(field.name), _parser(field.type)) for field in fields(MeasuredRun)}
     runs: list[MeasuredRun] = []
     lines: dict[str, int] = {}
-    for line, row in _rows(path, _REQUIRED):
+    for line, row in table_rows(path, _REQUIRED):
         values: dict[str, Any] = {}
         for name, (column, parse) in parsers.items():
             cell = row.get(column, "").strip()
             if cell:
-                values[name] = _parsed(path, line, column, cell, parse)
+                values[name] = parsed_cell(path, line, column, cell, parse)
             elif column in _REQUIRED:
-                raise _mistake(path, line, column, cell, "a value: every run needs one")
+                raise cell_mistake(path, line, column, cell, "a value: every run needs one")
         run = MeasuredRun(**values)
         _check(path, line, run)
         if run.run_id in lines:
-            raise _mistake(path, line, "run_id", run.run_id, f"unique names, but line {lines[run.run_id]} has it too")
+            raise cell_mistake(
+                path, line, "run_id", run.run_id, f"unique names, but line {lines[run.run_id]} has it too"
+            )
         lines[run.run_id] = line
         runs.append(run)
     return runs
@@ -224,19 +225,19 @@ def read_measured_requests(path: Path) -> dict[str, MeasuredRequests]:
         MeasurementError: as ``read_measured_runs``.
     """
     columns: dict[str, list[tuple[float, ...]]] = {}
-    for line, row in _rows(path, _REQUEST_REQUIRED):
+    for line, row in table_rows(path, _REQUEST_REQUIRED):
         if not row["run_id"]:
-            raise _mistake(path, line, "run_id", "", "a value: every request belongs to a run")
+            raise cell_mistake(path, line, "run_id", "", "a value: every request belongs to a run")
         columns.setdefault(row["run_id"], []).append(
             (
-                _number(path, line, row, "arrival_s", required=True),
-                _number(path, line, row, "in_tok", required=True),
-                _number(path, line, row, "out_tok", required=True),
-                _number(path, line, row, "ttft_s"),
-                _number(path, line, row, "e2e_s"),
-                _number(path, line, row, "engine_queue_s"),
+                number_cell(path, line, row, "arrival_s", required=True),
+                number_cell(path, line, row, "in_tok", required=True),
+                number_cell(path, line, row, "out_tok", required=True),
+                number_cell(path, line, row, "ttft_s"),
+                number_cell(path, line, row, "e2e_s"),
+                number_cell(path, line, row, "engine_queue_s"),
                 # Without a column ``ok`` a request is taken as completed when it has a first token.
-                _number(path, line, row, "ok") if row.get("ok") else float(bool(row["ttft_s"])),
+                number_cell(path, line, row, "ok") if row.get("ok") else float(bool(row["ttft_s"])),
             )
         )
     found = {}
@@ -258,72 +259,12 @@ def read_measured_requests(path: Path) -> dict[str, MeasuredRequests]:
 # --------------------------------------------------------------------------------------------------------- cells
 
 
-def _rows(path: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield (line, column -> cell) of a CSV file with a header."""
-    try:
-        with _open(path) as file:
-            reader = csv.reader(file, strict=True)
-            header = next(reader, [])
-            missing = [name for name in required if name not in header]
-            if missing:
-                raise MeasurementError(f"{path}: line 1: columns missing: {', '.join(missing)}")
-            for cells in reader:
-                if not cells:
-                    continue
-                if len(cells) != len(header):
-                    last = header[min(len(cells), len(header)) - 1]
-                    raise MeasurementError(
-                        f"{path}: line {reader.line_num}: column {last!r}: the row ends after {len(cells)} cells, "
-                        f"expected {len(header)}; is the file truncated?"
-                    )
-                yield reader.line_num, dict(zip(header, cells, strict=True))
-    except csv.Error as error:
-        raise MeasurementError(f"{path}: line {reader.line_num}: {error}; is the file truncated?") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise MeasurementError(f"{path}: the compressed file is broken or truncated: {error}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise MeasurementError(f"{path}: cannot be read: {reason}") from error
-
-
-def _open(path: Path) -> IO[str]:
-    if path.suffix == ".gz":
-        return cast("IO[str]", gzip.open(path, "rt", encoding="utf-8", newline=""))
-    return path.open(encoding="utf-8", newline="")
-
-
-def _number(path: Path, line: int, row: Mapping[str, str], column: str, *, required: bool = False) -> float:
-    cell = row.get(column, "")
-    if not cell:
-        if required:
-            raise _mistake(path, line, column, cell, "a number >= 0")
-        return nan
-    try:
-        value = float(cell)
-    except ValueError:
-        value = nan
-    if not (isfinite(value) and value >= 0):
-        raise _mistake(path, line, column, cell, "a number >= 0")
-    return value
-
-
-def _parsed(path: Path, line: int, column: str, cell: str, parse: Callable[[str], Any]) -> Any:
-    try:
-        return parse(cell)
-    except ValueError as error:
-        raise _mistake(path, line, column, cell, str(error)) from None
-
-
-def _mistake(path: Path, line: int, column: str, cell: str, expected: str) -> MeasurementError:
-    return MeasurementError(f"{path}: line {line}: column {column!r}: got {cell!r}, expected {expected}")
-
-
 def _check(path: Path, line: int, run: MeasuredRun) -> None:
     if run.load_type not in _LOAD_TYPES:
-        raise _mistake(path, line, "load_type", run.load_type, f"one of {', '.join(_LOAD_TYPES)}")
+        raise cell_mistake(path, line, "load_type", run.load_type, f"one of {', '.join(_LOAD_TYPES)}")
     for column, value in (("tp", run.tp), ("dp", run.dp), ("max_num_seqs", run.max_num_seqs)):
         if value is not None and value < 1:
-            raise _mistake(path, line, column, str(value), "a whole number >= 1")
+            raise cell_mistake(path, line, column, str(value), "a whole number >= 1")
 
 
 def _parser(annotation: Any) -> Callable[[str], Any]:

@@ -12,19 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from calibrate.fit import (
-    CORRECTIONS,
-    NOISE,
-    OVERHEADS,
-    Calibration,
-    EngineGroup,
-    Estimate,
-    Observation,
-    covariance,
-    observe,
-    overhead_columns,
-)
+from calibrate.fit import NOISE, Calibration, covariance
 from calibrate.measured_runs import MeasuredRun
+from calibrate.observations import Observation, observe
+from calibrate.parameters import CORRECTIONS, OVERHEADS, EngineGroup, Estimate, overhead_columns
 from calibrate.profiles import ExpertKey, kv_tokens, why_impossible
 
 BATCHES = (1, 8, 32, 64, 128, 256)

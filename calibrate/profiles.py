@@ -1,28 +1,24 @@
 """From a fit to profile files, one per expert, with the error of predictions that had not seen the run."""
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from math import isnan
 from pathlib import Path
 
 import numpy as np
 
-from calibrate.fit import (
-    CORRECTIONS,
-    OVERHEADS,
-    Calibration,
-    EngineGroup,
-    Estimate,
-    HeldOut,
-    held_out_errors,
-)
+from calibrate.fit import Calibration
+from calibrate.held_out import HeldOut, error_growth, held_out_errors, quantization_errors
 from calibrate.measured_runs import MeasuredRun
-from calibrate.run_engine import shape_of
+from calibrate.observations import Observation, observe
+from calibrate.parameters import CORRECTIONS, OVERHEADS, V0, EngineGroup, Estimate
+from calibrate.run_engine import run_engine, shape_of
 from sim.catalogue import find_gpu, find_model, find_quantization
-from sim.factors import Factors
-from sim.fleet import FrontEnd
+from sim.factors import Factors, how_set, packaged_factors
 from sim.memory import block_size_of, engine_defaults, memory_budget
 from sim.profile import (
+    ASSUMED_ERROR_GROWTH,
     ExpertIdentity,
     FittedRange,
     FrontEndCosts,
@@ -32,6 +28,7 @@ from sim.profile import (
     RooflineParameters,
 )
 from sim.resolve import DEFAULT_MAX_MODEL_LEN, profile_name
+from sim.roofline import default_front_end
 from sim.spec import EngineSpec
 
 LLAMA_FAMILY = (
@@ -56,15 +53,17 @@ ExpertKey = tuple[str, str, str, int]
 """Model, quantization, GPU and tensor-parallel size, by catalogue names."""
 
 
-def llama_family() -> list[ExpertKey]:
-    """Return the experts of the Llama family that fit their GPUs, in bf16: no dense engine was measured in fp8."""
-    return [
-        (model, "bf16", gpu, size)
+def llama_family(quantizations: Sequence[str] = ("bf16",)) -> list[ExpertKey]:
+    """Return the experts of the Llama family that fit their GPUs; other than bf16 only where a GPU has the rate."""
+    keys = [
+        (model, quantization, gpu, size)
+        for quantization in quantizations
         for model in LLAMA_FAMILY
         for gpu in GPUS
         for size in TENSOR_PARALLEL_SIZES
-        if why_impossible((model, "bf16", gpu, size)) is None
+        if find_quantization(quantization).compute == find_quantization(quantization).compute_on(find_gpu(gpu))
     ]
+    return [key for key in keys if why_impossible(key) is None]
 
 
 def expert_key(text: str) -> ExpertKey:
@@ -141,11 +140,19 @@ def provenance_of(calibration: Calibration) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOutErrors:
-    """Errors on what a fit had not seen: experiments, or all runs on a GPU or of a model."""
+    """Errors on what a fit had not seen: experiments, or all runs on a GPU or of a model.
+
+    Attributes:
+        growth: ``error_growth`` of batches beyond the fitted range; NaN where it could not be measured.
+        by_quantization: ``quantization_errors`` of quantizations that no engine of the group was measured in, on the
+            V0 engines that were.
+    """
 
     by_experiment: HeldOut
     by_gpu: HeldOut
     by_model: HeldOut
+    growth: float
+    by_quantization: Mapping[str, HeldOut] = field(default_factory=dict)
 
     def like(self, key: ExpertKey, measured: Collection[ExpertKey]) -> tuple[HeldOut, str]:
         """Return the errors of predictions as far from any measurement as an expert's, and what they are of.
@@ -168,13 +175,27 @@ class HeldOutErrors:
         return on_gpu or found, what
 
 
-def find_held_out_errors(runs: Sequence[MeasuredRun], group: EngineGroup) -> HeldOutErrors:
+def find_held_out_errors(
+    runs: Sequence[MeasuredRun], group: EngineGroup, factors: Factors | None = None
+) -> HeldOutErrors:
     """Leave out each experiment, each GPU and each model in turn, and return the errors on what was left out."""
     return HeldOutErrors(
-        by_experiment=held_out_errors(runs, group),
-        by_gpu=held_out_errors(runs, group, lambda run: shape_of(run)[2].name),
-        by_model=held_out_errors(runs, group, lambda run: shape_of(run)[0].name),
+        by_experiment=held_out_errors(runs, group, factors=factors),
+        by_gpu=held_out_errors(runs, group, lambda run: shape_of(run)[2].name, factors),
+        by_model=held_out_errors(runs, group, lambda run: shape_of(run)[0].name, factors),
+        growth=error_growth(runs, group, factors),
+        by_quantization=_on_older_engines(runs, group, factors),
     )
+
+
+def _on_older_engines(runs: Sequence[MeasuredRun], group: EngineGroup, factors: Factors | None) -> dict[str, HeldOut]:
+    seen = {each.group: set[str]() for each in map(observe, runs) if not isinstance(each, str)}
+    for each in map(observe, runs):
+        if not isinstance(each, str):
+            seen[each.group].add(key_of(each.run)[1])
+    missing = seen.get(V0, set()) - seen.get(group, set())
+    errors = {name: quantization_errors(runs, V0, name, factors) for name in sorted(missing)}
+    return {name: found for name, found in errors.items() if found}
 
 
 def make_profile(
@@ -205,11 +226,14 @@ def make_profile(
     model, quantization, gpu, size = key
     measured = [key_of(seen.run) for seen in calibration.observations if seen.group is group]
     told, like_what = held_out.like(key, measured)
+    worth = told
+    if quantization in held_out.by_quantization:
+        worth = held_out.by_quantization[quantization]
+        like_what = _static_batches_of(quantization, worth)
     notes = [provenance]
     if key not in measured:
         notes.append(_never_measured(key, like_what, gpu_measured=any(gpu == other[2] for other in measured)))
-    errors = np.array([error for _, error in told])
-    front_end: FrontEnd = calibration.front_end(group)
+    errors = np.array([error for _, error in worth])
     estimates: dict[str, Estimate] = {**calibration.corrections, **calibration.overheads[group]}
     return Profile(
         name=profile_name(model, quantization, gpu, size, engine),
@@ -226,9 +250,10 @@ def make_profile(
         ),
         residuals=Residuals(
             measurements=len(errors),
-            what="load stages",
+            what="load stages" if worth is told else "static batches",
             held_out=True,
-            gpus=sorted({shape_of(seen.run)[2].name for seen, _ in told}),
+            engine_version="" if worth is told else V0.name,
+            gpus=sorted({shape_of(seen.run)[2].name for seen, _ in worth}),
             mean_error=round(float(errors.mean()), 4),
             median_absolute_error=round(float(np.median(np.abs(errors))), 4),
             p90_absolute_error=round(float(np.quantile(np.abs(errors), 0.9)), 4),
@@ -237,11 +262,61 @@ def make_profile(
             max_decodes=round(max(seen.decodes for seen, _ in told)),
             max_decode_kv_tokens=round(max(seen.kv_tokens for seen, _ in told)),
             max_prefill_tokens=max(seen.run.max_num_batched_tokens or 0 for seen, _ in told),
+            error_growth_per_doubling=ASSUMED_ERROR_GROWTH if isnan(held_out.growth) else round(held_out.growth, 2),
         ),
-        front_end=FrontEndCosts(**{name: _digits(value) for name, value in asdict(front_end).items()}),
+        kernels=kernels_of(calibration),
+        front_end=front_end_costs(calibration, group),
+        assumptions=assumptions_of(calibration),
         provenance="; ".join(notes),
         licence=LICENCE,
     )
+
+
+def kernels_of(calibration: Calibration) -> dict[str, float]:
+    """Return the kernel efficiencies of a fit that differ from the packaged ones, to the digits of both."""
+    if calibration.factors is None:
+        return {}
+    packaged = packaged_factors().values()
+    found = {name: _digits(value) for name, value in calibration.factors.values().items()}
+    return {name: value for name, value in found.items() if value != packaged.get(name)}
+
+
+def front_end_costs(calibration: Calibration, group: EngineGroup) -> FrontEndCosts:
+    """Return the front end of a group's profiles: the delay as fitted, the rest as the roofline assumes it."""
+    costs = {
+        name: Parameter(value=_digits(value), assumed=how_set(f"front_end.{name}"))
+        for name, value in asdict(default_front_end()).items()
+    }
+    if group in calibration.delays_s:
+        costs["delay_s"] = _rounded(calibration.delays_s[group])
+    return FrontEndCosts(**costs)
+
+
+def assumptions_of(calibration: Calibration) -> dict[str, str]:
+    """Return what every profile rests on that has no interval."""
+    found = {
+        "cuda_graph_padding": (
+            "batches are padded to the sizes that vLLM captures, and a graph replays the kernels of that size: padding "
+            "has no parameter of its own, only those of matrix and small_kernels"
+        )
+    }
+    errors = kv_block_errors(calibration.observations)
+    found["num_gpu_blocks"] = "computed by the memory model from datasheet and shape" + (
+        f", which differs by {min(errors):+.1%} to {max(errors):+.1%} from the {len(errors)} different engines of this "
+        "fit that tell theirs"
+        if errors
+        else "; no engine of this fit tells its own"
+    )
+    return found
+
+
+def kv_block_errors(observations: Iterable[Observation]) -> list[float]:
+    """Return by what share the memory model's KV blocks differ from those of engines that tell theirs, each once."""
+    engines = {(key_of(seen.run), seen.run.kv_blocks or 0): seen.run for seen in observations if seen.run.kv_blocks}
+    return [
+        run_engine(replace(run, kv_blocks=None)).num_kv_blocks / (blocks - 1) - 1
+        for (_, blocks), run in engines.items()
+    ]
 
 
 def _never_measured(key: ExpertKey, like_what: str, *, gpu_measured: bool) -> str:
@@ -254,6 +329,11 @@ def _never_measured(key: ExpertKey, like_what: str, *, gpu_measured: bool) -> st
         kernels = "measured kernels" if Factors.is_measured(find_gpu(gpu)) else "the kernels of another GPU"
         text += f"; no engine was measured on {gpu}, only {kernels} tell of it"
     return f"{text}; the errors are of {like_what}"
+
+
+def _static_batches_of(quantization: str, errors: HeldOut) -> str:
+    models = ", ".join(sorted({key_of(seen.run)[0] for seen, _ in errors}))
+    return f"static batches of {models} in {quantization} on a V0 engine, by a fit that had seen no {quantization}"
 
 
 def write_profiles(profiles: Iterable[Profile], folder: Path) -> list[Path]:

@@ -42,12 +42,14 @@ class Replay:
         figures: by the names of ``METRICS``; seconds and tokens per second, NaN where undefined.
         regime: by ``REGIME_RULES``; of the first replication.
         occupancy: time-mean share of the scarcer of slots and KV blocks, likewise.
+        range_widening: factor on the width of its intervals for work beyond the curve's fitted range, likewise.
         notes: what was assumed beyond the row.
     """
 
     figures: Mapping[str, float]
     regime: str
     occupancy: float
+    range_widening: float
     notes: tuple[str, ...]
 
 
@@ -75,7 +77,7 @@ def replay(
         notes.append("times taken inside the engine: no front end")
     fleet = _fleet(run, settings, engine, front_end)
     figures: list[dict[str, float]] = []
-    regime, occupancy = "", 0.0
+    regime, occupancy, widening = "", 0.0, 1.0
     for replication in range(replications):
         drawn = int(stream(seed, "replication", replication).integers(2**62))
         load = replay_load(run, requests, settings, engine.curve, drawn)
@@ -84,11 +86,18 @@ def replay(
         figures.append(_figures(record, load))
         if not replication:
             regime, occupancy = load_regime(run, record, fleet, engine.curve)
+            widening = record.replicas[0].range_widening
             notes += [*load.notes, *record.notes]
         if not load.random:
             break
     means = {name: float(np.mean([each[name] for each in figures])) for name in METRICS}
-    return Replay(figures=means, regime=regime, occupancy=occupancy, notes=tuple(dict.fromkeys(notes)))
+    return Replay(
+        figures=means,
+        regime=regime,
+        occupancy=occupancy,
+        range_widening=widening,
+        notes=tuple(dict.fromkeys(notes)),
+    )
 
 
 def load_regime(run: MeasuredRun, record: RunRecord, fleet: Fleet, curve: ServiceCurve) -> tuple[str, float]:

@@ -7,6 +7,7 @@ from math import isfinite, nan
 import numpy as np
 from numpy.typing import NDArray
 
+from calibrate.lengths import PROMPT_STD_TOKENS, saturated_lengths
 from calibrate.measured_runs import MeasuredRequests, MeasuredRun
 from calibrate.predictor import CannotPredictError
 from calibrate.run_engine import RunEngine
@@ -15,26 +16,9 @@ from sim.spec import ClassSpec, ClosedLoop, Distribution, Empirical, Fixed, Logn
 from sim.streams import stream
 from sim.traffic import TraceTable, WorkloadData
 
-PROMPT_STD_TOKENS = 8.0
-"""Of prompt lengths where a row gives only their mean: what runs with recorded lengths by that load generator have."""
-
 WARM_UP_GAP_S = 1.0  # between the prompts that fill the prefix cache before a later stage; each is answered alone
 WARM_UP_OUTPUT_TOKENS = 2
 WARM_UP_PAUSE_S = 30.0
-
-CHAT_LENGTHS = 250.0, 7.5, 0.8
-REASONING_LENGTHS = 250.0, 0.5, 0.3
-"""Mean prompt tokens, and coefficients of variation of prompt and output lengths, where a saturated run gives only the
-mean output; all lognormal. Inferred from two things the runs tell, not measured:
-
-- ITL of Llama 3.1 70B on four H100 at batch 128: a tenth of the iterations last 6 ms longer than the median, a
-  hundredth 95 ms, at 0.37 new prompts an iteration and about 58 us a prompt token: a lognormal of median 30 and mean
-  250 tokens.
-- Engines whose batch stays below its limit because KV memory is full hold on average prompt + output / 2 * (1 + cv^2)
-  tokens a request: about 790, 860, 820 and 610 at mean outputs of 645, 627, 627 and 397 in four chat runs, and 4,570 at
-  8,052 in a run of exam questions (workload ``gpqa``)."""
-
-LONGEST_CHAT_PROMPT_TOKENS = 8192
 
 SATURATED_RATE = 1.25  # arrivals over the rate at which the engine alone would serve them, prefill not counted
 SATURATED_REQUESTS = 1000  # at least; the tail of ITL is made by few long prompts
@@ -206,30 +190,18 @@ def _saturated(run: MeasuredRun, engine: RunEngine, curve: ServiceCurve, seed: i
     if not isfinite(run.output_tokens_mean):
         raise CannotPredictError("output lengths (out_len_mean) are not known")
     slots = engine.max_num_seqs
-    prompt_mean, prompt_cv, output_cv = REASONING_LENGTHS if "gpqa" in run.workload.casefold() else CHAT_LENGTHS
-    notes = [f"requests arrive faster than {slots} slots serve them"]
-    if isfinite(run.prompt_tokens_mean):
-        prompt_mean = run.prompt_tokens_mean
-        prompt_cv = _or(run.prompt_tokens_std, PROMPT_STD_TOKENS) / prompt_mean
-    else:
-        notes.append(f"prompts assumed lognormal, mean {prompt_mean:g}, cv {prompt_cv:g}")
-    if isfinite(run.output_tokens_std):
-        output_cv = run.output_tokens_std / run.output_tokens_mean
-    else:
-        notes.append(f"outputs assumed lognormal, cv {output_cv:g}")
-    context = round(prompt_mean + run.output_tokens_mean / 2)
+    lengths = saturated_lengths(run, engine.max_model_len)
+    notes = [f"requests arrive faster than {slots} slots serve them", *lengths.notes]
+    context = round(lengths.context_in_flight_tokens())
     batch = max(1, min(slots, engine.num_kv_blocks * engine.block_size // context))
     iteration_s = curve.iteration_s(IterationWork(0, 0, 0.0, 0, batch, batch * context))
     rate_rps = SATURATED_RATE * batch / (run.output_tokens_mean * iteration_s)
     warm_up, measured = 2 * slots, max(SATURATED_REQUESTS, 2 * slots)
     n = round(SATURATED_RATE * (warm_up + measured)) + 2 * slots
-    longest = min(LONGEST_CHAT_PROMPT_TOKENS, engine.max_model_len // 4), engine.max_model_len // 2
     trace = TraceTable(
         arrival_s=np.arange(n) / rate_rps,
-        prompt_tokens=_lognormal(prompt_mean, prompt_cv, longest[0], stream(seed, "prompt_tokens").standard_normal(n)),
-        output_tokens=_lognormal(
-            run.output_tokens_mean, output_cv, longest[1], stream(seed, "output_tokens").standard_normal(n)
-        ),
+        prompt_tokens=lengths.prompts(stream(seed, "prompt_tokens").standard_normal(n)),
+        output_tokens=lengths.outputs(stream(seed, "output_tokens").standard_normal(n)),
     )
     return ReplayLoad(
         workload=_trace_workload(run),
@@ -265,15 +237,7 @@ def _prompt_std(run: MeasuredRun, notes: list[str]) -> float:
 
 
 def _drawn(mean: float, std: float, n: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    drawn: NDArray[np.int64] = np.maximum(np.rint(rng.normal(mean, std, n)), 1).astype(np.int64)
-    return drawn
-
-
-def _lognormal(mean: float, cv: float, longest: int, normal: NDArray[np.float64]) -> NDArray[np.int64]:
-    variance = np.log1p(cv**2)
-    lengths = np.rint(mean * np.exp(np.sqrt(variance) * normal - variance / 2))
-    tokens: NDArray[np.int64] = np.clip(lengths, 1, longest).astype(np.int64)
-    return tokens
+    return np.asarray(np.maximum(np.rint(rng.normal(mean, std, n)), 1), np.int64)
 
 
 def _spread(mean: float, cv: float) -> Distribution:

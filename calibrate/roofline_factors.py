@@ -18,6 +18,8 @@ from scipy.optimize import nnls
 
 from calibrate import kernel_factors
 from calibrate.kernel_factors import Factor
+from calibrate.lengths import saturated_lengths
+from calibrate.measured_runs import run_of_settings
 from sim.catalogue import find_gpu, find_model, find_quantization
 from sim.factors import FORMAT_VERSION, Factors
 from sim.roofline import Roofline
@@ -34,7 +36,6 @@ _STAGE_S = 600.0  # of runs whose request count was not published
 _BLOCK_TOKENS = 16
 _MIN_SATURATED_TOKENS_PER_S = 14_500
 _MAX_SATURATED_DECODES = 256
-_CHAT_PROMPT_TOKENS = 200
 _ASYNC = "host_asynchronous"
 
 OVERHEADS = ("per_iteration_s", "per_sequence_s", "filter_fixed_s", "top_p_passes", "top_k_passes")
@@ -95,7 +96,7 @@ def all_factors(ops: pd.DataFrame, runs: pd.DataFrame, splitwise: pd.DataFrame) 
             "median ITL",
             factors,
             "saturated closed-loop runs of the ML.ENERGY leaderboard",
-            f"version and prompts not in the data, taken as synchronous and {_CHAT_PROMPT_TOKENS} tokens long",
+            "version and lengths of prompts not in the data, taken as synchronous and as calibrate/lengths.py has them",
         ),
     ]
     factors += front_end_factors(light, runs, factors)
@@ -133,11 +134,18 @@ def saturated_runs(runs: pd.DataFrame) -> pd.DataFrame:
     ]
     return rows.assign(
         decodes=rows["concurrency_mean"],
-        in_len_mean=_CHAT_PROMPT_TOKENS,
+        in_len_mean=[_context_without_half_output(row) for row in rows.to_dict("records")],
         tpot_mean=rows["itl_p50"],
         rate_rps=0.0,
         cold_share=0.0,
     )
+
+
+def _context_without_half_output(row: Row) -> float:
+    """Return the prompt tokens that, with half the output, make the mean context of a request in flight."""
+    run = run_of_settings(f"{name}={row[name]}" for name in ("model", "gpu", "workload", "out_len_mean"))
+    lengths = saturated_lengths(run, find_model(row["model"]).max_model_len)
+    return lengths.context_in_flight_tokens() - float(row["out_len_mean"]) / 2
 
 
 def overhead_factors(

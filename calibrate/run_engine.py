@@ -12,8 +12,10 @@ from sim.spec import EngineSpec
 
 ASYNC_SCHEDULING_SINCE = (0, 14)
 """vLLM decides a batch while the one before runs by default from 0.14.0 on."""
+V1_SINCE = (0, 8)
 
 _MODELS = {
+    "mistralai/Mistral-7B-v0.1": "mistral-7b",  # but for 768 more entries of the vocabulary
     "neuralmagic/Meta-Llama-3.1-8B-FP8": "llama-3.1-8b",
     "neuralmagic/Meta-Llama-3.1-70B-Instruct-FP8": "llama-3.1-70b",
 }
@@ -139,5 +141,16 @@ def gpu_of_run(run: MeasuredRun) -> Gpu:
 
 def schedules_asynchronously(engine_version: str) -> bool | None:
     """Return whether a vLLM of this version decides batches ahead by default; None for a text without a version."""
-    found = re.match(r"(?:vLLM )?v?(\d+)\.(\d+)", engine_version)
-    return None if found is None else (int(found[1]), int(found[2])) >= ASYNC_SCHEDULING_SINCE
+    version = _version(engine_version)
+    return None if version is None else version >= ASYNC_SCHEDULING_SINCE
+
+
+def is_v0(engine_version: str) -> bool:
+    """Return whether a vLLM of this version runs the engine before V1, by its number or because the text says so."""
+    version = _version(engine_version)
+    return "V0" in engine_version if version is None else version < V1_SINCE
+
+
+def _version(text: str) -> tuple[int, int] | None:
+    found = re.match(r"(?:vLLM )?v?(\d+)\.(\d+)", text)
+    return None if found is None else (int(found[1]), int(found[2]))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from calibrate.conformal import interval_factors
-from calibrate.measured_runs import METRICS, MeasuredRequests, MeasuredRun
+from calibrate.measured_runs import MeasuredRequests, MeasuredRun
 from calibrate.predictor import CannotPredictError, PredictedEngine, Predictor
 from calibrate.replay import Replay, replay
 
@@ -122,25 +122,43 @@ def validate(
     by_id = {run.run_id: run for run in runs}
     return Validation(
         runs=by_id,
-        rows=tuple(with_intervals(rows, {run.run_id: run.exp for run in runs})),
+        rows=tuple(
+            with_intervals(
+                rows,
+                {run.run_id: run.exp for run in runs},
+                kinds={run.run_id: run.arch for run in runs},
+                widening={run_id: found.range_widening for run_id, found in replays.items()},
+            )
+        ),
         skipped=tuple(SkippedRun(run_id=run_id, reason=reasons[run_id]) for run_id in by_id if run_id in reasons),
     )
 
 
-def with_intervals(rows: Sequence[ErrorRow], experiments: Mapping[str, str]) -> list[ErrorRow]:
-    """Return the rows with ``lower`` and ``upper`` by the errors of the same metric in other experiments.
+def with_intervals(
+    rows: Sequence[ErrorRow],
+    experiments: Mapping[str, str],
+    *,
+    kinds: Mapping[str, str] | None = None,
+    widening: Mapping[str, float] | None = None,
+) -> list[ErrorRow]:
+    """Return the rows with ``lower`` and ``upper`` by the errors of the same metric in other experiments of its kind.
 
     Args:
         rows: of any metrics.
         experiments: run_id -> experiment.
+        kinds: run_id -> what its errors are compared within, such as dense models; None: all together.
+        widening: run_id -> how large an error is thought to be, relative to one inside the fitted range; None: alike.
     """
     found = list(rows)
-    for metric in METRICS:
-        places = [i for i, row in enumerate(rows) if row.metric == metric and row.predicted > 0 and row.measured > 0]
-        if not places:
-            continue
-        errors = np.array([abs(log(rows[i].measured / rows[i].predicted)) for i in places])
-        factors = interval_factors(errors, [experiments[rows[i].run_id] for i in places], COVERAGE)
+    groups: dict[tuple[str, str], list[int]] = {}
+    for place, row in enumerate(rows):
+        if row.predicted > 0 and row.measured > 0:
+            groups.setdefault((row.metric, "" if kinds is None else kinds[row.run_id]), []).append(place)
+    for places in groups.values():
+        ids = [rows[place].run_id for place in places]
+        errors = np.array([abs(log(rows[place].measured / rows[place].predicted)) for place in places])
+        units = np.array([1.0 if widening is None else widening[run_id] for run_id in ids])
+        factors = interval_factors(errors, [experiments[run_id] for run_id in ids], COVERAGE, units)
         for place, factor in zip(places, factors.tolist(), strict=True):
             row = rows[place]
             if isfinite(factor):

@@ -138,6 +138,9 @@ class ModelShape:
         return self.attention_heads % size == 0 and kv_divides and self.intermediate_size % size == 0
 
 
+_PCIE_5_X16_BYTES_PER_S = 64e9
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
     """One GPU by its datasheet.
@@ -166,6 +169,11 @@ class Gpu:
     price_per_hour: float | None
     source: str
     kind: Literal["gpu", "cpu"] = "gpu"
+
+    @property
+    def linked_by_pcie(self) -> bool:
+        """Whether its GPUs talk over PCIe: no NVLink is as slow as 16 lanes of PCIe 5.0, no PCIe slot faster."""
+        return self.link_bandwidth_bytes_per_s <= _PCIE_5_X16_BYTES_PER_S
 
     def rate_per_s(self, dtype: ComputeDtype) -> float | None:
         """Dense operations per second in this format; None where the GPU lacks it."""

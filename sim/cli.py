@@ -52,3 +52,7 @@ def _show_version(ctx: click.Context, param: click.Parameter, value: Any) -> Non
 )
 def main() -> None:
     """Size LLM fleets: Llama experts behind a prompt router, from 1 to thousands of users."""
+
+
+if __name__ == "__main__":
+    main()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib import resources
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sim.catalogue import ComputeDtype, Gpu
 from sim.fleet import FrontEnd
@@ -174,7 +174,12 @@ class Factors:
     def all_reduce(self, gpu: Gpu, tensor_parallel_size: int) -> AllReduceFactors:
         """All-reduce over this many GPUs; a size not measured (2, 4, 8 were) takes the next larger, at most 8."""
         size = next((size for size in (2, 4) if tensor_parallel_size <= size), 8)
-        return self._group(f"{self.architecture(gpu)}.all_reduce_tp{size}", AllReduceFactors)
+        return self._group(f"{self.link(gpu)}.all_reduce_tp{size}", AllReduceFactors)
+
+    @staticmethod
+    def link(gpu: Gpu) -> str:
+        """Return whose all-reduces a GPU takes: those over PCIe, or those of its architecture over NVLink."""
+        return "pcie" if gpu.linked_by_pcie else Factors.architecture(gpu)
 
     def elementwise(self, gpu: Gpu) -> ElementwiseFactors:
         """Element-wise kernels."""
@@ -199,9 +204,17 @@ class Factors:
         """CPU seconds of the API server process."""
         return self._group("front_end", FrontEnd)
 
+    def values(self) -> dict[str, float]:
+        """Return all factors by name."""
+        return dict(self._values)
+
+    def replaced(self, values: Mapping[str, float]) -> "Factors":
+        """Return these factors with some replaced."""
+        return Factors({**self._values, **values})
+
     def without_launches(self) -> "Factors":
         """Return these factors with launches that take no time, so that iteration times are linear in corrections."""
-        return Factors(self._values | {"host.launch_per_layer_s": 0.0, "host.eager_launch_per_layer_s": 0.0})
+        return self.replaced({"host.launch_per_layer_s": 0.0, "host.eager_launch_per_layer_s": 0.0})
 
     def _group(self, group: str, kind: type[_Group]) -> _Group:
         return kind(**{field.name: self._values[f"{group}.{field.name}"] for field in fields(kind)})
@@ -210,6 +223,17 @@ class Factors:
 @cache
 def packaged_factors() -> Factors:
     """Return the factors shipped with the package."""
+    return Factors({name: entry["value"] for name, entry in _entries().items()})
+
+
+def how_set(name: str) -> str:
+    """Return how a packaged factor was set, such as ``"front_end.per_request_s"``."""
+    how: str = _entries()[name]["how"]
+    return how
+
+
+@cache
+def _entries() -> dict[str, Any]:
     text = resources.files("sim").joinpath("data", "roofline.json").read_text(encoding="utf-8")
-    entries = json.loads(text)["factors"]
-    return Factors({name: entry["value"] for name, entry in entries.items()})
+    entries: dict[str, Any] = json.loads(text)["factors"]
+    return entries

@@ -235,7 +235,7 @@ def replication_columns() -> tuple[str, ...]:
     engine = ("utilization", "front_end_utilization", "batch_size", "running", "waiting", "kv_usage", "kv_usage_max")
     return (
         *("fleet", *LOAD_COLUMNS, "expert", "replication"),
-        *(*COUNTS, *THROUGHPUTS, *latencies, *waits, *engine),
+        *(*COUNTS, *THROUGHPUTS, *latencies, *waits, *engine, "iteration_error"),
         *("router_utilization", "misrouted_share", *CONSTANTS, "cost_per_million_output_tokens"),
     )
 
@@ -294,6 +294,10 @@ def _engine_averages(replicas: Sequence[ReplicaStats]) -> Row:
         "waiting": float(sum(replica.waiting for replica in replicas)),
         "kv_usage": _mean(np.array([replica.kv_usage for replica in replicas])),
         "kv_usage_max": max((replica.kv_usage_max for replica in replicas), default=np.nan),
+        # Of the replica whose prediction is worst; of none when one of them is not known.
+        "iteration_error": float(np.max([replica.iteration_error for replica in replicas], initial=-np.inf))
+        if replicas
+        else np.nan,
     }
 
 

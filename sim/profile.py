@@ -6,9 +6,13 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from sim.factors import packaged_factors
 from sim.service_curve import CurveSource, DecodePiece, IterationWork
 from sim.spec import EngineSpec
 from sim.spec_base import PositiveInt, Seconds, Spec
+
+ASSUMED_ERROR_GROWTH = 1.0
+"""Of a profile that does not say: about what fits to small batches of measured engines show on larger ones."""
 
 
 class ProfileError(ValueError):
@@ -27,15 +31,21 @@ class ExpertIdentity(Spec):
 
 
 class Parameter(Spec):
-    """A fitted value and its 90 % interval."""
+    """A value and its 90 % interval, or, where it was not measured, ``assumed``: where it is from."""
 
     value: Seconds
-    low: Seconds
-    high: Seconds
+    low: Seconds | None = None
+    high: Seconds | None = None
+    assumed: Annotated[str, Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        if not self.low <= self.value <= self.high:
+        if self.low is None or self.high is None:
+            if self.low is not None or self.high is not None or self.assumed is None:
+                raise ValueError("either low and high are needed, or assumed with where the value is from")
+        elif self.assumed is not None:
+            raise ValueError("a value is measured, with low and high, or assumed, not both")
+        elif not self.low <= self.value <= self.high:
             raise ValueError(f"low <= value <= high must hold, got {self.low:g}, {self.value:g}, {self.high:g}")
         return self
 
@@ -62,6 +72,7 @@ class RooflineParameters(Spec):
     kind: Literal["roofline"] = "roofline"
     matrix: Parameter
     kv_read: Parameter
+    prefill_attention: Parameter
     all_reduce: Parameter
     small_kernels: Parameter
     per_iteration_s: Parameter
@@ -78,8 +89,9 @@ class Residuals(Spec):
     """
 
     measurements: PositiveInt
-    what: Literal["iterations", "load stages"]
+    what: Literal["iterations", "load stages", "static batches"]
     held_out: bool
+    engine_version: str = Field(default="", description="of the measurements; empty: the expert's own")
     gpus: list[str] = Field(default=[], description="measured on; empty: the expert's own")
     mean_error: Annotated[float, Field(allow_inf_nan=False)]
     median_absolute_error: Annotated[float, Field(ge=0)]
@@ -87,26 +99,31 @@ class Residuals(Spec):
 
 
 class FittedRange(Spec):
-    """Largest work per iteration among the measurements; beyond it a prediction is an extrapolation."""
+    """Largest work per iteration among the measurements; beyond it a prediction is an extrapolation.
+
+    Its error there is taken as ``p90_absolute_error * (1 + error_growth_per_doubling * d)``, ``d`` the doublings from
+    the range to the work, the most of the three.
+    """
 
     max_decodes: PositiveInt
     max_decode_kv_tokens: PositiveInt
     max_prefill_tokens: Annotated[int, Field(ge=0)]
+    error_growth_per_doubling: Annotated[float, Field(ge=0, allow_inf_nan=False)] = ASSUMED_ERROR_GROWTH
 
 
 class FrontEndCosts(Spec):
     """What a request and its tokens cost in the front end; see ``sim.fleet.FrontEnd``."""
 
-    delay_s: Seconds = 0.0
-    per_request_s: Seconds
-    per_prompt_token_s: Seconds
-    per_output_token_s: Seconds
+    delay_s: Parameter
+    per_request_s: Parameter
+    per_prompt_token_s: Parameter
+    per_output_token_s: Parameter
 
 
 class Profile(Spec):
     """A calibrated service curve with what it is worth."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     name: Annotated[str, Field(min_length=1)]
     expert: ExpertIdentity
     parameters: Annotated[TermParameters | RooflineParameters, Field(discriminator="kind")]
@@ -115,9 +132,15 @@ class Profile(Spec):
     cuda_graph_sizes: list[PositiveInt] = Field(
         default=[], description="captured batch sizes, ascending; empty when the engine ran without graphs"
     )
+    kernels: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
+        default={}, description="of roofline parameters: efficiencies of sim/data/roofline.json that others replace"
+    )
     front_end: FrontEndCosts | None = None
     num_gpu_blocks: Annotated[int, Field(ge=2)] | None = Field(
         None, description="KV blocks as the engine resolved them, its null block included"
+    )
+    assumptions: dict[str, str] = Field(
+        default={}, description="what is not a parameter and has no interval: where it is from, and what checks it"
     )
     provenance: Annotated[str, Field(min_length=1, description="data and command that made the file")]
     licence: Annotated[str, Field(min_length=1, description="terms of the measurements")]
@@ -128,6 +151,13 @@ class Profile(Spec):
             raise ValueError(f"cuda_graph_sizes must ascend without repeats, got {self.cuda_graph_sizes}")
         return self
 
+    @model_validator(mode="after")
+    def _known_kernels(self) -> Self:
+        unknown = sorted(set(self.kernels) - set(packaged_factors().values()))
+        if unknown:
+            raise ValueError(f"kernels: sim/data/roofline.json has no {unknown[0]!r}")
+        return self
+
 
 def source_of(profile: Profile) -> CurveSource:
     """Return what a profile says of itself: name, worth and range."""
@@ -136,7 +166,7 @@ def source_of(profile: Profile) -> CurveSource:
     return CurveSource(
         label=profile.name,
         detail=(
-            f"{how} {worth.measurements} {worth.what} of {profile.expert.engine_version} on "
+            f"{how} {worth.measurements} {worth.what} of {worth.engine_version or profile.expert.engine_version} on "
             f"{', '.join(worth.gpus) or profile.expert.gpu}, "
             f"median error {worth.median_absolute_error:.1%}, 90 % within {worth.p90_absolute_error:.1%}; "
             f"{profile.provenance}"
@@ -144,6 +174,8 @@ def source_of(profile: Profile) -> CurveSource:
         max_decodes=profile.range.max_decodes,
         max_decode_kv_tokens=profile.range.max_decode_kv_tokens,
         max_prefill_tokens=profile.range.max_prefill_tokens,
+        error_p90=worth.p90_absolute_error,
+        error_growth_per_doubling=profile.range.error_growth_per_doubling,
     )
 
 

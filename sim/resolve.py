@@ -5,14 +5,14 @@ cannot work.
 """
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from sim.catalogue import find_gpu, find_model, find_quantization
-from sim.factors import OverheadFactors
+from sim.factors import OverheadFactors, packaged_factors
 from sim.fleet import EngineSettings, Expert, Fleet, FrontEnd
 from sim.fleet_file import is_profile_file
 from sim.memory import MemoryBudget, block_size_of, engine_defaults, memory_budget, overlaps_scheduling
@@ -143,6 +143,7 @@ def _calibrated(profile: Profile) -> dict[str, Any]:
     return {
         "corrections": Corrections(**{field.name: values[field.name] for field in fields(Corrections)}),
         "overhead": OverheadFactors(**{field.name: values[field.name] for field in fields(OverheadFactors)}),
+        "factors": packaged_factors().replaced(profile.kernels),
         "source": source_of(profile),
     }
 
@@ -210,6 +211,7 @@ def engine_settings(spec: ExpertSpec) -> EngineSettings:
 
 def _front_end(spec: FrontEndSpec, profile: Profile | None) -> FrontEnd:
     """The front end's work: each figure from the file, else measured with the profile, else the roofline's."""
-    default = profile.front_end if profile is not None and profile.front_end is not None else default_front_end()
-    given = spec.model_dump(exclude_none=True)
-    return FrontEnd(**{name: given.get(name, getattr(default, name)) for name in FrontEndSpec.model_fields})
+    default = asdict(default_front_end())
+    if profile is not None and profile.front_end is not None:
+        default = {name: getattr(profile.front_end, name).value for name in default}
+    return FrontEnd(**(default | spec.model_dump(exclude_none=True)))

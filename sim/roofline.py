@@ -26,13 +26,15 @@ class Corrections:
 
     Attributes:
         matrix: of all matrix products, the LM head's included.
-        kv_read: of reading KV and of the attention work of prefill chunks.
+        kv_read: of reading KV, by decodes and prefill chunks.
+        prefill_attention: of the work per query-key pair of prefill chunks.
         all_reduce: of the all-reduces.
         small_kernels: of everything else the GPU does, sampling filters apart.
     """
 
     matrix: float = 1.0
     kv_read: float = 1.0
+    prefill_attention: float = 1.0
     all_reduce: float = 1.0
     small_kernels: float = 1.0
 
@@ -108,7 +110,8 @@ class Roofline:
         self._per_kv_token_s = kv_read * kv_bytes / (gpu.bandwidth_bytes_per_s * self._attention.bandwidth_efficiency)
         # a query-key pair is a multiply-add per head dimension for the score and one for the weighted sum
         pair_operations = 4 * model.layers * model.query_size / tensor_parallel_size
-        self._per_pair_s = kv_read * pair_operations / (gpu.bf16_per_s * self._attention.rate_efficiency)
+        pairs_per_s = gpu.bf16_per_s * self._attention.rate_efficiency / pair_operations
+        self._per_pair_s = self._corrections.prefill_attention / pairs_per_s
         # by batch: filled as batches occur, so that an iteration costs two look-ups and a sum
         self._tokens_s: dict[int, float] = {}
         self._rows_s: dict[int, float] = {}

@@ -4,6 +4,7 @@ Nothing else in the model knows how fast a GPU is.
 """
 
 from dataclasses import dataclass, replace
+from math import log2, nan
 from typing import NamedTuple, Protocol
 
 
@@ -50,6 +51,9 @@ class CurveSource:
         max_decodes: largest decode batch the curve was fitted on; None when it was not fitted.
         max_decode_kv_tokens: largest KV read per iteration it was fitted on; None when it was not fitted.
         max_prefill_tokens: largest prefill chunk total it was fitted on; None when it was not fitted.
+        error_p90: share of the measured time that 90 % of its predictions inside the range were within; NaN when
+            nobody knows.
+        error_growth_per_doubling: by how much of itself that error grows with each doubling beyond the range.
     """
 
     label: str
@@ -57,6 +61,22 @@ class CurveSource:
     max_decodes: int | None = None
     max_decode_kv_tokens: int | None = None
     max_prefill_tokens: int | None = None
+    error_p90: float = nan
+    error_growth_per_doubling: float = 0.0
+
+    def doublings_beyond(self, decodes: int, decode_kv_tokens: int, prefill_tokens: int) -> float:
+        """Return how many doublings beyond its range a curve has to reach for this work; 0 inside or without one."""
+        reached = (
+            (decodes, self.max_decodes),
+            (decode_kv_tokens, self.max_decode_kv_tokens),
+            (prefill_tokens, self.max_prefill_tokens),
+        )
+        return max((log2(seen / fitted) for seen, fitted in reached if fitted and seen > fitted), default=0.0)
+
+    def widening(self, decodes: int, decode_kv_tokens: int, prefill_tokens: int) -> float:
+        """Return the factor on ``error_p90`` for this work: 1 inside the range, larger with every doubling beyond."""
+        doublings = self.doublings_beyond(decodes, decode_kv_tokens, prefill_tokens)
+        return 1 + self.error_growth_per_doubling * doublings
 
 
 class ServiceCurve(Protocol):

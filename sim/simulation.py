@@ -385,6 +385,8 @@ def _replica_stats(replica: Replica, at_start: tuple[float, float], start_s: flo
     averages = replica.averages(start_s, end_s)
     window_s = end_s - start_s or nan
     blocks = replica.engine.kv.num_blocks
+    source = replica.expert.curve.source
+    widening = source.widening(*_largest_work(replica))
     return ReplicaStats(
         expert_index=replica.expert_index,
         replica_index=replica.replica_index,
@@ -397,15 +399,29 @@ def _replica_stats(replica: Replica, at_start: tuple[float, float], start_s: flo
         front_end_utilization=(replica.front_end.busy_until(end_s) - front_end_busy_s) / window_s,
         preemptions=averages.preemptions,
         iterations=averages.iterations,
+        iteration_error=source.error_p90 * widening,
+        range_widening=widening,
     )
 
 
 def _extrapolations(replica: Replica) -> Iterator[str]:
     source = replica.expert.curve.source
+    error = source.error_p90 * source.widening(*_largest_work(replica))
     for what, seen, fitted in (
         ("decode batches", replica.largest_decodes, source.max_decodes),
         ("KV reads per iteration", replica.largest_kv_tokens, source.max_decode_kv_tokens),
         ("prefill tokens per iteration", replica.largest_prefill_tokens, source.max_prefill_tokens),
     ):
         if fitted is not None and seen > fitted:
-            yield f"extrapolated: {what} went beyond the {fitted:,} that profile {source.label} was fitted up to"
+            yield (
+                f"extrapolated: {what} went beyond the {fitted:,} that profile {source.label} was fitted up to"
+                + (
+                    f"; there 90 % of iteration times are taken to be within {error:.1%}, inside {source.error_p90:.1%}"
+                    if error == error
+                    else ""
+                )
+            )
+
+
+def _largest_work(replica: Replica) -> tuple[int, int, int]:
+    return replica.largest_decodes, replica.largest_kv_tokens, replica.largest_prefill_tokens

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from calibrate.fit import CORRECTIONS, OVERHEADS, group_of_version, observe, overhead_columns
 from calibrate.measured_runs import MeasuredRun
+from calibrate.observations import observe
+from calibrate.parameters import CORRECTIONS, OVERHEADS, group_of_version, overhead_columns
 from sim.catalogue import find_gpu, find_model, find_quantization
 from sim.factors import OverheadFactors
 from sim.roofline import Corrections, Roofline
@@ -32,6 +33,7 @@ ENGINES = tuple(
 TRUTH = {
     "matrix": 0.95,
     "kv_read": 0.9,
+    "prefill_attention": 1.05,
     "all_reduce": 0.8,
     "small_kernels": 1.2,
     "per_iteration_s": 300e-6,

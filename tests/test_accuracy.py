@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calibrate.fit import leave_one_out
+from calibrate.held_out import leave_one_out
 from calibrate.measured_runs import read_measured_requests, read_measured_runs
 from calibrate.validate import validate
 from tests.test_memory import GROUND_TRUTH

@@ -1,26 +1,16 @@
 from dataclasses import replace
+from math import isnan
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibrate.fit import (
-    ASYNCHRONOUS,
-    CORRECTIONS,
-    NOISE,
-    OVERHEADS,
-    PRIOR_SPREAD,
-    SYNCHRONOUS,
-    Calibration,
-    Estimate,
-    fit,
-    group_of_version,
-    held_out_errors,
-    leave_one_out,
-    observe,
-)
+from calibrate.fit import NOISE, PRIOR_SPREAD, Calibration, fit
+from calibrate.held_out import error_growth, held_out_errors, leave_one_out
 from calibrate.measured_runs import MeasuredRun
+from calibrate.observations import observe
+from calibrate.parameters import ASYNCHRONOUS, CORRECTIONS, OVERHEADS, SYNCHRONOUS, Estimate, group_of_version
 from calibrate.predictor import CannotPredictError
 from sim.factors import packaged_factors
 from sim.service_curve import IterationWork
@@ -157,6 +147,17 @@ def test_held_out_errors_are_of_fits_without_the_unit(runs: list[MeasuredRun]) -
 
 def test_a_unit_that_is_all_there_is_has_no_held_out_error(runs: list[MeasuredRun]) -> None:
     assert held_out_errors(runs[:3], ASYNCHRONOUS) == []
+
+
+def test_errors_grow_beyond_the_fitted_batches_where_the_model_is_wrong_there(runs: list[MeasuredRun]) -> None:
+    noisy = with_noise(runs, 0.01, np.random.default_rng(7))
+    bent = [
+        replace(run, tpot_mean_s=1.3 * run.tpot_mean_s, rate_rps=run.rate_rps / 1.3) if run.stage == 2 else run
+        for run in noisy
+    ]
+    straight_growth, bent_growth = (error_growth(each, ASYNCHRONOUS) for each in (noisy, bent))
+    assert 0 <= straight_growth < bent_growth
+    assert isnan(error_growth(runs[:3], ASYNCHRONOUS))
 
 
 @pytest.mark.parametrize(

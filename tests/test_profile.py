@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from sim.profile import Profile, ProfileCurve, ProfileError, load_profile
-from sim.service_curve import IterationWork
+from sim.profile import ASSUMED_ERROR_GROWTH, Parameter, Profile, ProfileCurve, ProfileError, load_profile
+from sim.service_curve import CurveSource, IterationWork
 
 
 def parameter(value: float) -> dict[str, float]:
@@ -17,7 +18,7 @@ def parameter(value: float) -> dict[str, float]:
 
 def document(**changes: Any) -> dict[str, Any]:
     return {
-        "format_version": 1,
+        "format_version": 2,
         "name": "llama-3-8b on H100",
         "expert": {
             "model": "llama-3-8b",
@@ -110,6 +111,52 @@ def test_more_of_any_work_never_takes_less_time(work: IterationWork, field: str,
     assert curve.iteration_s(larger) >= curve.iteration_s(work)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"value": 1.0}, "either low and high are needed, or assumed"),
+        ({"value": 1.0, "low": 0.5}, "either low and high are needed, or assumed"),
+        ({"value": 1.0, "low": 0.5, "high": 2.0, "assumed": "a guess"}, "measured, with low and high, or assumed"),
+    ],
+)
+def test_a_value_has_an_interval_or_says_where_it_is_from(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Parameter.model_validate(given)
+    assert Parameter(value=1.0, assumed="a guess").low is None
+
+
+def source_with(**reach: Any) -> CurveSource:
+    text = document()
+    text["range"] |= {"error_growth_per_doubling": 1.5} | reach
+    return ProfileCurve(Profile.model_validate(text)).source
+
+
+def test_the_error_of_a_prediction_grows_with_every_doubling_beyond_the_range() -> None:
+    source = source_with()
+    assert source.error_p90 == 0.06
+    assert source.widening(256, 400_000, 8192) == 1
+    assert source.widening(512, 0, 0) == pytest.approx(1 + 1.5)
+    assert source.widening(1024, 0, 0) == pytest.approx(1 + 1.5 * 2)
+    assert source.widening(512, 3_200_000, 8192) == pytest.approx(1 + 1.5 * 3)
+    assert source.widening(1, 1, 16_384) == pytest.approx(1 + 1.5)
+
+
+@given(st.tuples(*[st.integers(0, 10_000_000)] * 3), st.integers(0, 2), st.integers(1, 1_000_000))
+def test_an_interval_never_narrows_with_more_work_and_widens_outside_the_range(
+    work: tuple[int, int, int], place: int, more: int
+) -> None:
+    source = source_with()
+    larger = [value + more * (index == place) for index, value in enumerate(work)]
+    assert source.widening(*larger) >= source.widening(*work) >= 1
+    reach = (source.max_decodes, source.max_decode_kv_tokens, source.max_prefill_tokens)
+    assert (source.widening(*work) > 1) == any(value > limit for value, limit in zip(work, reach, strict=True) if limit)
+
+
+def test_a_profile_that_does_not_say_takes_the_usual_growth() -> None:
+    source = ProfileCurve(Profile.model_validate(document())).source
+    assert source.widening(512, 0, 0) == 1 + ASSUMED_ERROR_GROWTH
+
+
 def test_source_carries_name_worth_and_range() -> None:
     source = ProfileCurve(Profile.model_validate(document())).source
     assert source.label == "llama-3-8b on H100"
@@ -121,7 +168,7 @@ def test_source_carries_name_worth_and_range() -> None:
     ("content", "message"),
     [
         ("{", r"profile .*profile\.json: file: Invalid JSON"),
-        (document(format_version=2), r"profile\.json: format_version: Input should be 1, got 2"),
+        (document(format_version=1), r"profile\.json: format_version: Input should be 2, got 1"),
         (document(extra=1), r"profile\.json: extra: Extra inputs are not permitted, got 1"),
         ({k: v for k, v in document().items() if k != "range"}, r"profile\.json: range: Field required$"),
         (document(cuda_graph_sizes=[4, 2]), r"cuda_graph_sizes must ascend without repeats, got \[4, 2\]"),

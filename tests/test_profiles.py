@@ -1,12 +1,14 @@
 import re
 from dataclasses import replace
+from math import isnan, nan
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from calibrate.fit import ASYNCHRONOUS, CORRECTIONS, OVERHEADS, SYNCHRONOUS, Calibration, fit
+from calibrate.fit import Calibration, fit
 from calibrate.measured_runs import MeasuredRun
+from calibrate.parameters import ASYNCHRONOUS, CORRECTIONS, OVERHEADS, SYNCHRONOUS
 from calibrate.profiles import (
     ExpertKey,
     HeldOutErrors,
@@ -19,7 +21,7 @@ from calibrate.profiles import (
     write_profiles,
 )
 from sim.catalogue import UnknownNameError
-from sim.profile import Profile, RooflineParameters, load_profile
+from sim.profile import ASSUMED_ERROR_GROWTH, Profile, RooflineParameters, load_profile
 from sim.resolve import packaged_profiles, profile_name, resolve_expert
 from sim.service_curve import IterationWork
 from sim.spec import ExpertSpec
@@ -89,9 +91,41 @@ def test_intervals_are_ordered_and_of_four_digits(calibration: Calibration, held
     assert set(estimates) == {*CORRECTIONS, *OVERHEADS}
     for name, estimate in estimates.items():
         rounded = getattr(parameters, name)
+        assert rounded.low is not None
+        assert rounded.high is not None
         assert 0 <= rounded.low <= rounded.value <= rounded.high
         assert rounded.value == float(f"{estimate.value:.4g}")
         assert (rounded.low, rounded.high) == pytest.approx((estimate.low, estimate.high), rel=1e-3)
+
+
+def test_every_figure_of_a_profile_has_an_interval_or_says_that_it_was_assumed(
+    calibration: Calibration, held_out: HeldOutErrors
+) -> None:
+    profile = profile_of(calibration, held_out)
+    assert profile.front_end is not None
+    parameters = [
+        getattr(group, name)
+        for group in (profile.parameters, profile.front_end)
+        for name in type(group).model_fields
+        if name != "kind"
+    ]
+    assert len(parameters) == len(CORRECTIONS) + len(OVERHEADS) + 4
+    for parameter in parameters:
+        assert (parameter.low is None) == (parameter.high is None) == (parameter.assumed is not None)
+    assert "memory model" in profile.assumptions["num_gpu_blocks"]
+    assert "captures" in profile.assumptions["cuda_graph_padding"]
+
+
+def test_the_front_end_delay_has_the_interval_of_the_runs_ttft(runs: list[MeasuredRun]) -> None:
+    delays_s = np.random.default_rng(2).normal(0.006, 0.0005, len(runs))
+    plain = fit([replace(run, ttft_mean_s=1.0) for run in runs], resamples=0)
+    left_s = plain.delays_s[ASYNCHRONOUS].value
+    assert left_s < 1
+    measured = [replace(run, ttft_mean_s=1.0 - left_s + delay) for run, delay in zip(runs, delays_s, strict=True)]
+    found = fit(measured).delays_s[ASYNCHRONOUS]
+    assert found.low < found.value < found.high
+    assert found.high - found.low < 0.02
+    assert ASYNCHRONOUS not in fit(runs, resamples=0).delays_s
 
 
 @pytest.mark.parametrize(
@@ -124,6 +158,13 @@ def test_errors_are_of_predictions_as_far_from_a_measurement(
     )
 
 
+def test_a_profile_says_how_its_error_grows_beyond_the_range(calibration: Calibration, held_out: HeldOutErrors) -> None:
+    fitted = profile_of(calibration, held_out).range
+    assert fitted.error_growth_per_doubling == round(held_out.growth, 2)
+    unknown = replace(held_out, growth=nan)
+    assert profile_of(calibration, unknown).range.error_growth_per_doubling == ASSUMED_ERROR_GROWTH
+
+
 def test_what_stands_in_for_kernels_is_told(calibration: Calibration, held_out: HeldOutErrors) -> None:
     fp8 = profile_of(calibration, held_out, ("llama-3.1-8b", "fp8", "H100-SXM", 1))
     assert "predicted from its shape, fp8 from its kernels alone" in fp8.provenance
@@ -154,7 +195,9 @@ def test_experts_of_a_single_gpu_have_the_errors_of_experiments(runs: list[Measu
 
 
 def test_a_group_that_was_not_measured_has_no_profile(calibration: Calibration, runs: list[MeasuredRun]) -> None:
-    assert find_held_out_errors(runs, SYNCHRONOUS) == HeldOutErrors(by_experiment=[], by_gpu=[], by_model=[])
+    found = find_held_out_errors(runs, SYNCHRONOUS)
+    assert replace(found, growth=0.0) == HeldOutErrors(by_experiment=[], by_gpu=[], by_model=[], growth=0.0)
+    assert isnan(found.growth)
 
 
 @pytest.mark.parametrize(
@@ -193,14 +236,29 @@ def test_an_unknown_gpu_says_which_are_near() -> None:
 
 
 def test_the_llama_family_is_packaged_and_every_profile_resolves() -> None:
-    keys = llama_family()
+    keys = llama_family(("bf16", "fp8"))
     assert all(why_impossible(key) is None for key in keys)
     assert packaged_profiles() == sorted(profile_name(*key, "vllm-0.15") for key in keys)
-    for model, _, gpu, size in keys:
-        spec = ExpertSpec(model=model, gpu=gpu, tensor_parallel_size=size, profile="packaged")
+    assert {gpu for _, quantization, gpu, _ in keys if quantization == "fp8"} == {"H100-SXM", "H200", "L40S"}
+    for model, quantization, gpu, size in keys:
+        spec = ExpertSpec(
+            model=model, quantization=quantization, gpu=gpu, tensor_parallel_size=size, profile="packaged"
+        )
         source = resolve_expert("x", spec).curve.source
-        assert source.label == profile_name(model, "bf16", gpu, size, "vllm-0.15")
+        assert source.label == profile_name(model, quantization, gpu, size, "vllm-0.15")
         assert source.detail.startswith("predicted without having seen ")
+
+
+def test_fp8_is_wider_than_bf16_and_says_that_its_errors_are_of_an_older_engine() -> None:
+    bf16, fp8 = (
+        resolve_expert("x", ExpertSpec(model="llama-3.1-8b", quantization=name, gpu="H100-SXM", profile="packaged"))
+        for name in ("bf16", "fp8")
+    )
+    assert fp8.curve.source.error_p90 > 2 * bf16.curve.source.error_p90
+    assert "13 static batches of vLLM before 0.8 (V0 engine) on H100-SXM" in fp8.curve.source.detail
+    assert (
+        "static batches of llama-3-8b in fp8 on a V0 engine, by a fit that had seen no fp8" in fp8.curve.source.detail
+    )
 
 
 def test_a_packaged_profile_tells_where_its_errors_are_from() -> None:

@@ -7,7 +7,7 @@ import pytest
 from sim.catalogue import UnknownNameError
 from sim.fleet import EngineSettings, Fleet, FrontEnd
 from sim.fleet_file import parse_fleet
-from sim.profile import FrontEndCosts, ProfileError
+from sim.profile import FrontEndCosts, Parameter, ProfileError
 from sim.resolve import engine_settings, resolve_expert, resolve_fleet
 from sim.roofline import default_front_end
 from sim.service_curve import IterationWork
@@ -126,7 +126,12 @@ def test_a_quantized_model_is_smaller_and_decodes_faster() -> None:
 
 
 def test_a_profile_replaces_the_roofline_and_its_front_end(tmp_path: Path) -> None:
-    measured = FrontEndCosts(per_request_s=1e-3, per_prompt_token_s=2e-6, per_output_token_s=3e-5)
+    measured = FrontEndCosts(
+        delay_s=Parameter(value=0.0, assumed="none"),
+        per_request_s=Parameter(value=1e-3, low=9e-4, high=1.1e-3),
+        per_prompt_token_s=Parameter(value=2e-6, assumed="made up"),
+        per_output_token_s=Parameter(value=3e-5, low=2e-5, high=4e-5),
+    )
     (tmp_path / "h100.json").write_text(profile_json(model="llama-3-8b", gpu="H100-SXM", front_end=measured))
 
     expert = resolve_expert("chat", ExpertSpec(model="llama-3-8b", gpu="H100-SXM", profile=str(tmp_path / "h100.json")))

@@ -14,11 +14,26 @@ from calibrate.measured_runs import MeasuredRun
 from calibrate.predictor import CannotPredictError, PredictedEngine, Predictor
 from calibrate.validate import ErrorRow, validate, with_intervals
 from sim.cli import main
+from sim.service_curve import CurveSource, DecodePiece, IterationWork
 from sim.streams import stream
 from tests.fleets import AffineCurve
 from tests.measured_tables import GROUND_TRUTH, ROW, engine_of, run_of, write_table
 
 CURVE = AffineCurve(fixed_s=0.008, per_request_s=1e-4, per_prefill_token_s=2e-5)
+
+
+class WithSource:
+    """A curve that says another thing of itself."""
+
+    def __init__(self, curve: AffineCurve, source: CurveSource) -> None:
+        self._curve = curve
+        self.source = source
+
+    def iteration_s(self, work: IterationWork) -> float:
+        return self._curve.iteration_s(work)
+
+    def decode_piece(self, decodes: int, decode_kv_tokens: int) -> DecodePiece:
+        return self._curve.decode_piece(decodes, decode_kv_tokens)
 
 
 class Affine:
@@ -90,6 +105,42 @@ def test_too_few_experiments_give_no_interval() -> None:
     assert interval_factors(np.array([0.1] * 9), [str(i) for i in range(9)], 0.9).tolist() == [inf] * 9
     rows = with_intervals([row_of(i, 0.1) for i in range(9)], {str(i): str(i) for i in range(9)})
     assert not any(isfinite(row.upper) for row in rows)
+
+
+def test_a_row_thought_twice_as_uncertain_has_the_square_of_the_factor_and_coverage_stays() -> None:
+    errors = np.abs(stream(5, "errors").normal(size=400))
+    units = np.where(np.arange(400) % 4 == 0, 3.0, 1.0)
+    names = [str(i) for i in range(400)]
+    factors = interval_factors(errors * units, names, 0.9, units)
+    assert factors[0] == pytest.approx(factors[1] ** 3, rel=0.05)
+    assert np.mean(errors * units <= np.log(factors)) == pytest.approx(0.9, abs=0.02)
+    assert np.mean((errors * units <= np.log(factors))[units == 3]) == pytest.approx(0.9, abs=0.05)
+
+
+def test_intervals_widen_beyond_the_fitted_range() -> None:
+    runs = experiments(20, rate_rps=5.0)
+    source = CurveSource(label="fit", detail="fit", max_decodes=3, error_growth_per_doubling=1.0)
+
+    class Small:
+        def engine_of(self, run: MeasuredRun) -> PredictedEngine:
+            known = engine_of(CURVE)
+            return replace(known, curve=WithSource(CURVE, source)) if run.exp == "ours/0" else known
+
+    def widths(predictor: Predictor) -> list[float]:
+        found = validate(runs, {}, lambda experiment: predictor, workers=1, replications=1)
+        return [row.upper / row.lower for row in found.rows if row.metric == "e2e_mean"]
+
+    beyond, inside = widths(Small()), widths(Affine())
+    assert beyond[0] > 1.5 * inside[0]
+    assert beyond[1] == pytest.approx(inside[1], rel=0.2)
+
+
+def test_mixtures_are_judged_by_mixtures() -> None:
+    rows = [row_of(i, 0.01 if i < 20 else 0.5) for i in range(40)]
+    kinds = {str(i): "dense" if i < 20 else "moe" for i in range(40)}
+    found = with_intervals(rows, {str(i): str(i) for i in range(40)}, kinds=kinds)
+    assert found[0].upper == pytest.approx(exp(0.01))
+    assert found[30].upper == pytest.approx(exp(0.5))
 
 
 def test_an_interval_is_a_factor_either_side_of_the_prediction() -> None:

@@ -1,0 +1,120 @@
+"""Fits that have not seen what they predict: an experiment, a GPU or a model left out."""
+
+from collections.abc import Callable, Iterable, Sequence
+from math import log2, nan
+
+import numpy as np
+
+from calibrate.fit import Calibration, fit
+from calibrate.measured_runs import MeasuredRun
+from calibrate.observations import Observation, observe
+from calibrate.parameters import EngineGroup, group_of
+from calibrate.run_engine import shape_of
+from sim.factors import Factors
+
+
+def leave_one_out(runs: Sequence[MeasuredRun]) -> Callable[[str], Calibration]:
+    """Return a function from an experiment to the fit to all others; point estimates only, remembered."""
+    known: dict[str, Calibration] = {}
+
+    def without(experiment: str) -> Calibration:
+        if experiment not in known:
+            known[experiment] = fit(runs, without=(experiment,), resamples=0)
+        return known[experiment]
+
+    return without
+
+
+HeldOut = Sequence[tuple[Observation, float]]
+"""Observations with the relative errors of fits that had not seen them."""
+
+SMALLEST_CUT, FEWEST_INSIDE = 8, 3
+SMALLEST_ERROR = 1e-3  # a relative error that no measurement can tell from none
+
+
+def held_out_errors(
+    runs: Iterable[MeasuredRun],
+    group: EngineGroup,
+    unit: Callable[[MeasuredRun], str] = lambda run: run.exp,
+    factors: Factors | None = None,
+) -> HeldOut:
+    """Return each observation of a group with the relative error of the fit to the runs of all other units.
+
+    Args:
+        runs: as ``fit`` takes them.
+        group: what does not tell of its overheads without the unit is left out.
+        unit: what a run belongs to that is left out as a whole; by default its experiment.
+        factors: as ``fit`` takes them.
+    """
+    observations = _observations(runs, group, factors)
+    errors: list[tuple[Observation, float]] = []
+    for name in sorted({unit(seen.run) for seen in observations if seen.group is group}):
+        others = [seen.run for seen in observations if unit(seen.run) != name]
+        if not any(group_of(run) is group for run in others):
+            continue
+        value = fit(others, resamples=0, kernels=group.kernels, factors=factors).parameters()
+        errors += [
+            (seen, float(seen.terms @ value / seen.measured_s - 1))
+            for seen in observations
+            if seen.group is group and unit(seen.run) == name
+        ]
+    return errors
+
+
+def quantization_errors(
+    runs: Iterable[MeasuredRun], group: EngineGroup, quantization: str, factors: Factors | None = None
+) -> HeldOut:
+    """Return the errors on a group's runs in one quantization, of a fit that saw none of it, nor of FP8 KV.
+
+    Args:
+        runs: as ``fit`` takes them.
+        group: of the runs.
+        quantization: name of the catalogue.
+        factors: as ``fit`` takes them.
+    """
+
+    def unit(run: MeasuredRun) -> str:
+        return "left out" if run.kv_dtype or shape_of(run)[1].name == quantization else run.exp
+
+    errors = held_out_errors(runs, group, unit, factors)
+    return [(seen, error) for seen, error in errors if shape_of(seen.run)[1].name == quantization]
+
+
+def error_growth(runs: Iterable[MeasuredRun], group: EngineGroup, factors: Factors | None = None) -> float:
+    """Return by how much of itself a group's error grows with each doubling of the batch beyond the fitted range.
+
+    The fit sees batches up to 8, 16, 32 and so on. Its errors on larger ones, over the mean held-out error among those
+    it saw, are ``1 + growth * doublings`` by least squares. NaN where no batch is larger than those of FEWEST_INSIDE
+    experiments.
+
+    Args:
+        runs: as ``fit`` takes them.
+        group: whose batches are cut; of other groups the fit sees everything.
+        factors: as ``fit`` takes them.
+    """
+    observations = _observations(runs, group, factors)
+    mine = [seen for seen in observations if seen.group is group]
+    points: list[tuple[float, float]] = []
+    cut = SMALLEST_CUT
+    while mine and cut < max(seen.decodes for seen in mine):
+        small = [seen.run for seen in observations if seen.group is not group or seen.decodes <= cut]
+        within = [seen for seen in mine if seen.decodes <= cut]
+        if len({seen.run.exp for seen in within}) >= FEWEST_INSIDE:
+            usual = float(np.mean([abs(error) for _, error in held_out_errors(small, group, factors=factors)]))
+            parameters = fit(small, resamples=0, kernels=group.kernels, factors=factors).parameters()
+            largest = max(seen.decodes for seen in within)
+            for seen in mine:
+                if seen.decodes > cut:
+                    error = abs(float(seen.terms @ parameters / seen.measured_s - 1))
+                    points.append((log2(seen.decodes / largest), error / max(usual, SMALLEST_ERROR)))
+        cut *= 2
+    if not points:
+        return nan
+    doublings, ratio = np.array(points).T
+    return max(0.0, float(doublings @ (ratio - 1) / (doublings @ doublings)))
+
+
+def _observations(runs: Iterable[MeasuredRun], group: EngineGroup, factors: Factors | None) -> list[Observation]:
+    """Return what runs of a group's generation of kernels say."""
+    seen = [observe(run, factors) for run in runs]
+    return [each for each in seen if not isinstance(each, str) and each.group.kernels == group.kernels]
