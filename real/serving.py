@@ -15,7 +15,7 @@ from typing import Any
 
 from real.checkpoints import Checkpoint, find_checkpoint
 from real.classifier import load_classifier
-from real.cores import place_replicas, runs_on_cpu, usable_cores
+from real.cores import memory_warning, place_replicas, runs_on_cpu, usable_cores
 from real.expert_server import (
     LOOPBACK,
     START_LIMIT_S,
@@ -132,6 +132,8 @@ class RunningFleet:
         for place, port in self._ports():
             if not port_is_free(port):
                 raise EngineFailedError(f"port {port} is in use; set {place} to another, or end what uses it")
+        if self._gateway is not None:
+            self._check_gateway()
         self.supervisor.start(limit_s)
         for server in self.servers:
             for line in server.differences():
@@ -146,6 +148,17 @@ class RunningFleet:
     def kill(self) -> None:
         """End everything at once."""
         self._life.close()
+
+    def _check_gateway(self) -> None:
+        """Find now what the gateway would find wrong when the engines have been started for it."""
+        try:
+            from real.gateway import check_bind
+
+            check_bind(gateway_config(self.file, self.name, self.replica_urls))
+        except ModuleNotFoundError as error:
+            raise EngineFailedError(f"the gateway needs {error.name}: pip install 'expert-router[serve]'") from None
+        except (ValueError, OSError) as error:
+            raise EngineFailedError(f"gateway: {error}") from None
 
     def _ports(self) -> list[tuple[str, int]]:
         serve = self.file.serve
@@ -252,6 +265,9 @@ def _plan(
 ) -> tuple[list[ReplicaPlan], dict[str, Checkpoint], list[str]]:
     experts = file.fleets[name].experts
     placements, warnings = place_replicas(experts)
+    short = memory_warning(experts)
+    if short is not None:
+        warnings.append(short)
     checkpoints: dict[str, Checkpoint] = {}
     plans: list[ReplicaPlan] = []
     for expert_name, expert in experts.items():

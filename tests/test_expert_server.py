@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from real.checkpoints import Checkpoint
-from real.cores import Placement, place_replicas, why_not_on_this_cpu
+from real.cores import Placement, memory_warning, place_replicas, why_not_on_this_cpu
 from real.engine_log import diagnose, has_failed, read_report, stage
 from real.expert_server import ReplicaPlan, plan_replica, server_command, server_environment
 from sim.spec import EngineSpec, ExpertSpec
@@ -124,6 +124,15 @@ def test_too_few_cores_are_shared_with_a_warning() -> None:
     ]
 
 
+def test_too_little_memory_is_warned_of() -> None:
+    assert memory_warning({"a": LAPTOP}, available_bytes=3 * 2**30) is None
+    two = LAPTOP.model_copy(update={"replicas": 2})
+    assert memory_warning({"a": two}, available_bytes=3 * 2**30) == (
+        "the engines want 4.2 GiB of memory and 3.0 GiB are available; lower num_gpu_blocks_override or replicas"
+    )
+    assert memory_warning({"a": SERVER}, available_bytes=0) is None
+
+
 def test_gpus_are_never_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     two = SERVER.model_copy(update={"replicas": 2})
     placements, _ = place_replicas({"a": two}, cores=[0])
@@ -180,6 +189,11 @@ def test_logs_of_real_failures_are_told_in_plain_words(name: str, words: str) ->
         (
             "Traceback ...\nSomeError: a thing broke\nRuntimeError: Engine core initialization failed. See",
             "SomeError: a",
+        ),
+        (
+            "(EngineCore pid=1) ERROR 11-25 23:38:33 1795649913.345762 [multiproc_executor.py:315] Worker proc "
+            "VllmWorker-0 died unexpectedly (exit code: None), shutting down executor.\nRuntimeError: Executor failed.",
+            "one of its processes crashed or was killed (Worker proc VllmWorker-0 died unexpectedly",
         ),
         ("all was well", "it ended with status 3; the last line of its log: all was well"),
     ],

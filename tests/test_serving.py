@@ -194,6 +194,17 @@ def test_a_port_in_use_is_said_before_anything_starts(file: LoadedFleetFile, tmp
         fleet.stop()
 
 
+def test_a_gateway_for_the_world_without_keys_is_refused_before_anything_starts(
+    file: LoadedFleetFile, tmp_path: Path
+) -> None:
+    serve = file.serve.model_copy(update={"host": "0.0.0.0"})
+    fleet = RunningFleet(file.model_copy(update={"serve": serve}), "routed", logs=tmp_path)
+    with pytest.raises(EngineFailedError, match=r"gateway: .*api_key_env"):
+        fleet.start()
+    assert groups_of(fleet) == []
+    fleet.stop()
+
+
 def test_a_fleet_that_is_not_there(file: LoadedFleetFile, tmp_path: Path) -> None:
     with pytest.raises(FleetFileError, match="no fleet 'routd' in the file, did you mean 'routed'"):
         RunningFleet(file, "routd", logs=tmp_path)
