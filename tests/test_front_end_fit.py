@@ -66,10 +66,10 @@ def test_costs_are_found_from_simultaneous_and_idle_requests() -> None:
     points, records, sent = zip(*parts, strict=True)
     front_end = fit_front_end(list(points), pd.concat(sent), pd.concat(records), SETTINGS, TRUTH)
     assert front_end is not None
-    assert front_end.per_request_s == pytest.approx(REQUEST_S, rel=0.2)
-    assert front_end.per_output_token_s == pytest.approx(TOKEN_S, rel=0.1)
-    assert front_end.per_prompt_token_s == pytest.approx(PROMPT_TOKEN_S, rel=0.1)
-    assert front_end.delay_s == pytest.approx(DELAY_S, abs=1.5e-3)
+    assert front_end.per_request_s.value == pytest.approx(REQUEST_S, rel=0.2)
+    assert front_end.per_output_token_s.value == pytest.approx(TOKEN_S, rel=0.1)
+    assert front_end.per_prompt_token_s.value == pytest.approx(PROMPT_TOKEN_S, rel=0.1)
+    assert front_end.delay_s.value == pytest.approx(DELAY_S, abs=1.5e-3)
 
 
 def test_too_few_points_give_no_front_end() -> None:
