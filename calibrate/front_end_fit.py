@@ -9,7 +9,9 @@ is CPU time of the API server process. What an idle request waits beyond all thi
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from dataclasses import dataclass
+from math import isnan, nan
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from calibrate.engine_entry import EntrySample, fit_entry
-from calibrate.iteration_fit import TermFit
+from calibrate.iteration_fit import CONFIDENCE, TermFit
 from calibrate.iteration_records import admissions, lines_of, sent_of
 from calibrate.measurement_files import MeasuredPoint
 from sim.fleet import EngineSettings
@@ -25,13 +27,11 @@ from sim.profile import FrontEndCosts, Parameter
 from sim.service_curve import IterationWork
 from sim.streams import stream
 
-T = TypeVar("T")
-
 FEWEST_POINTS = 4
-RESAMPLES = 50
-CONFIDENCE = 0.9
 FEWEST_TOGETHER = 4
 """Requests of a point from which on their entries tell of the work on one."""
+RESAMPLES = 30
+"""Refits to resampled points, for the intervals."""
 
 
 def fit_front_end(
@@ -41,58 +41,78 @@ def fit_front_end(
     settings: EngineSettings,
     fitted: TermFit,
 ) -> FrontEndCosts | None:
-    """Return the front end's costs with 90 % intervals over resampled points; None when too little was measured."""
-    samples = dict(_samples(requests, iterations, settings))
-    together = [label for label, sample in samples.items() if len(sample.sent) >= FEWEST_TOGETHER]
-    idle = {label: _idle_waits(samples[label], iterations, fitted) for label in samples if label.startswith("idle")}
-    if len(together) < FEWEST_POINTS or not any(len(waits) for waits in idle.values()):
+    """Return the front end's costs; None when too little was measured."""
+    samples = [(label, sample) for label, sample in _samples(requests, iterations, settings)]
+    together = [sample for _, sample in samples if len(sample.sent) >= FEWEST_TOGETHER]
+    idle = [_IdleSample(sample, _engine_s(sample, iterations, fitted)) for label, sample in samples if _is_idle(label)]
+    if len(together) < FEWEST_POINTS or not idle:
         return None
-
-    def estimate(draw: Draw) -> NDArray[np.float64]:
-        per_request_s = fit_entry([samples[label] for label in draw(together)]).per_request_s
-        per_output_token_s = _token_work_s([samples[label] for label in draw(list(samples))])
-        per_prompt_token_s = _prompt_token_cpu_s(draw(points))
-        waits = np.concatenate([idle[label] for label in draw(list(idle))])
-        work_s = per_request_s + per_prompt_token_s * waits[:, 1] + per_output_token_s
-        delay_s = max(0.0, float(np.median(waits[:, 0] - work_s)))
-        return np.array([delay_s, per_request_s, per_prompt_token_s, per_output_token_s])
-
-    values = estimate(Draw(None))
-    drawn = [estimate(Draw(stream(0, "front end", number))) for number in range(RESAMPLES)]
-    low, high = np.quantile([values, *drawn], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
-    return FrontEndCosts(
-        **{
-            name: Parameter(value=_digits(value), low=_digits(min(least, value)), high=_digits(max(most, value)))
-            for name, value, least, most in zip(FrontEndCosts.model_fields, values, low, high, strict=True)
-        }
-    )
-
-
-class Draw:
-    """Gives items as they are, or as many drawn with replacement."""
-
-    def __init__(self, rng: np.random.Generator | None):
-        self._rng = rng
-
-    def __call__(self, items: Sequence[T]) -> list[T]:
-        """Return the items or a draw of them."""
-        if self._rng is None:
-            return list(items)
-        return [items[index] for index in self._rng.integers(len(items), size=len(items))]
+    parts: tuple[Sequence[Any], ...] = together, [sample for _, sample in samples], idle, list(points)
+    found = _costs(*parts)
+    if found is None:
+        return None
+    refits = [found]
+    for number in range(RESAMPLES):
+        rng = stream(0, "front end", number)
+        drawn = _costs(*([part[index] for index in rng.integers(len(part), size=len(part))] for part in parts))
+        refits += [drawn] if drawn is not None else []
+    low, high = np.quantile(refits, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+    names = ("delay_s", "per_request_s", "per_prompt_token_s", "per_output_token_s")
+    values = {
+        name: Parameter(
+            value=_digits(value), low=min(_digits(lo), _digits(value)), high=max(_digits(hi), _digits(value))
+        )
+        for name, value, lo, hi in zip(names, found, low, high, strict=True)
+    }
+    return FrontEndCosts(**values)
 
 
-def _idle_waits(sample: EntrySample, iterations: pd.DataFrame, fitted: TermFit) -> NDArray[np.float64]:
-    """Return what each idle request waited beyond its iterations, and its prompt tokens; shape (requests, 2)."""
+@dataclass(frozen=True, slots=True)
+class _IdleSample:
+    """Requests one at a time, and how long the engine took for the first token of each; NaN where not known."""
+
+    sample: EntrySample
+    engine_s: list[float]
+
+
+def _is_idle(label: str) -> bool:
+    return label.startswith("idle")
+
+
+def _engine_s(sample: EntrySample, iterations: pd.DataFrame, fitted: TermFit) -> list[float]:
     records = iterations[iterations["point"] == sample.sent[0].point]
     works = records[[*IterationWork._fields]].to_numpy(dtype=np.float64)
-    found = []
+    ends_s = [line.ended_s for line in sample.lines]
+    taken_s = []
     for request, number in zip(sample.sent, sample.admitted, strict=True):
-        if number is None:
-            continue
-        last = bisect_right([line.ended_s for line in sample.lines], request.first_token_s) - 1
-        engine_s = float(fitted.predict_s(works[number : max(last, number) + 1]).sum())
-        found.append((request.first_token_s - request.sent_s - engine_s, float(request.prompt_tokens)))
-    return np.array(found, np.float64).reshape(-1, 2)
+        last = bisect_right(ends_s, request.first_token_s) - 1
+        taken_s.append(nan if number is None else float(fitted.predict_s(works[number : max(last, number) + 1]).sum()))
+    return taken_s
+
+
+def _costs(
+    together: Sequence[EntrySample],
+    everything: Sequence[EntrySample],
+    idle: Sequence[_IdleSample],
+    points: Sequence[MeasuredPoint],
+) -> NDArray[np.float64] | None:
+    """Return delay, and the work on a request, a prompt token and an output token; None without idle requests."""
+    per_request_s = fit_entry(together).per_request_s
+    per_prompt_token_s = _prompt_token_cpu_s(points)
+    per_output_token_s = _token_work_s(everything)
+    waits_s = [
+        request.first_token_s
+        - request.sent_s
+        - engine_s
+        - (per_request_s + per_prompt_token_s * request.prompt_tokens + per_output_token_s)
+        for each in idle
+        for request, engine_s in zip(each.sample.sent, each.engine_s, strict=True)
+        if not isnan(engine_s)
+    ]
+    if not waits_s:
+        return None
+    delay_s = max(0.0, float(np.median(waits_s)))
+    return np.array([delay_s, per_request_s, per_prompt_token_s, per_output_token_s])
 
 
 def _samples(

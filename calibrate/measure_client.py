@@ -15,6 +15,8 @@ from real.load_client import Exchange, LoadClient, Patience
 PATIENCE = Patience(connect_s=10.0, first_token_s=600.0, idle_s=600.0, total_s=3600.0)
 _LOWEST_ID = 10  # below it are often special tokens, and the highest ones are too
 _PLAIN_SHARE = 0.9
+PAUSE_S = 0.05
+"""Mean pause of a closed-loop user before each request."""
 _LOOK_S = 0.004
 _SETTLE_S = 0.1
 
@@ -81,6 +83,8 @@ class PointClient:
     async def _user(self, requests: int) -> list[SentRequest]:
         sent = []
         for _ in range(requests):
+            # Without a pause every request would come right after an iteration's end.
+            await asyncio.sleep(float(self._rng.exponential(PAUSE_S)))
             which = self._rng.integers(len(self._lengths.prompts))
             sent.append(await self._ask(int(self._lengths.prompts[which]), int(self._lengths.outputs[which])))
         return sent

@@ -60,9 +60,11 @@ def measure_command(
     """
     from calibrate.engine_under_test import EngineGoneError
     from calibrate.measure_fleet import measure_experts
-    from calibrate.measured_experts import distinct_experts
+    from calibrate.measured_experts import distinct_experts, without_profiles
     from calibrate.measurement_files import MeasurementError
+    from sim.feasibility import check_feasible
     from sim.fleet_file import FleetFileError, load_fleet, parse_fleet
+    from sim.traces import TraceError, read_workload_data
 
     messages = Console(stderr=True)
     if (file is None) == (model is None):
@@ -78,6 +80,7 @@ def measure_command(
             text = _MODEL_FILE.format(name=model, model=model, quantization=quantization or "bf16", gpu=gpu)
             fleet_file = parse_fleet(text, overrides)
         chosen = distinct_experts(fleet_file, fleets, experts)
+        check_feasible(without_profiles(fleet_file), read_workload_data(fleet_file.workload))
         complete = measure_experts(
             fleet_file,
             chosen,
@@ -88,7 +91,7 @@ def measure_command(
             command=_command_line(),
             whole_file=file is not None,
         )
-    except (FleetFileError, MeasurementError, EngineGoneError, ValueError, OSError) as error:
+    except (FleetFileError, TraceError, MeasurementError, EngineGoneError, ValueError, OSError) as error:
         messages.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

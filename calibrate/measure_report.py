@@ -30,8 +30,8 @@ def print_measured(name: str, found: MeasuredProfile, console: Console) -> None:
     for knot in terms.matrix_knots:
         _add(table, f"matrix work of {knot.tokens} tokens", knot.seconds, 1e3, "ms")
     if profile.front_end is not None:
-        for field, seconds in profile.front_end.model_dump().items():
-            table.add_row(f"front end {field.removesuffix('_s')}", f"{1e6 * seconds:.4g} µs", "")
+        for field, seconds in profile.front_end:
+            _add(table, f"front end {field.removesuffix('_s')}", seconds, 1e6, "µs")
     console.print(table)
     worth = profile.residuals
     lines = [

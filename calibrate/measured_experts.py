@@ -88,6 +88,19 @@ def calibrated_yaml(
     return comment + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
 
 
+def without_profiles(file: LoadedFleetFile) -> LoadedFleetFile:
+    """Return the file with the roofline for every expert: an old profile is no reason not to measure anew."""
+    fleets = {
+        name: fleet.model_copy(
+            update={
+                "experts": {name: expert.model_copy(update={"profile": None}) for name, expert in fleet.experts.items()}
+            }
+        )
+        for name, fleet in file.fleets.items()
+    }
+    return file.model_copy(update={"fleets": fleets})
+
+
 def _key(spec: ExpertSpec) -> str:
     return spec.model_dump_json(exclude=_NOT_MEASURED)
 

@@ -8,7 +8,7 @@ import click
 COMMANDS = {
     "simulate": ("sim.simulate_command", "predict fleets from 1 to thousands of users"),
     "run": ("real.run_command", "measure fleets with real users, as simulate predicts them"),
-    "calibrate": ("calibrate.calibrate_command", "fit profiles to measured runs, and tell how wrong predictions are"),
+    "calibrate": ("calibrate.calibrate_command", "measure engines, fit profiles, and tell how wrong predictions are"),
     "serve": ("real.serve_command", "run a fleet for real: its vLLM experts and the gateway, OpenAI-compatible"),
     "check": ("calibrate.check_command", "predict a fleet, run it for real, and tell how far apart the two are"),
     "models": ("real.models_command", "make checkpoints in a model's true shape, for machines without its weights"),

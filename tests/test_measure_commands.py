@@ -63,6 +63,7 @@ def test_batches_shows_the_agreement_of_live_batches(folder: Path, tmp_path: Pat
         (["nowhere.yaml", "--gpu", "CPU"], "--gpu and --quantization go with --model"),
         (["nowhere.yaml"], "nowhere.yaml: no such file"),
         (["--model", "laptop-16n", "--gpu", "CPU"], "unknown model 'laptop-16n', did you mean"),
+        (["--model", "llama-3-70b", "--gpu", "L40S"], "needs 1"),
     ],
 )
 def test_measure_refuses_what_makes_no_sense(words: list[str], message: str) -> None:
