@@ -15,6 +15,7 @@ class MeasurementError(ValueError):
 
 def table_rows(path: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield (line, column -> cell) of a CSV file with a header."""
+    line = 0  # read well so far
     try:
         with _open(path) as file:
             reader = csv.reader(file, strict=True)
@@ -31,11 +32,13 @@ def table_rows(path: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dic
                         f"{path}: line {reader.line_num}: column {last!r}: the row ends after {len(cells)} cells, "
                         f"expected {len(header)}; is the file truncated?"
                     )
-                yield reader.line_num, dict(zip(header, cells, strict=True))
+                line = reader.line_num
+                yield line, dict(zip(header, cells, strict=True))
     except csv.Error as error:
         raise MeasurementError(f"{path}: line {reader.line_num}: {error}; is the file truncated?") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise MeasurementError(f"{path}: the compressed file is broken or truncated: {error}") from error
+        what = f"after line {line}: the compressed file is broken: {error}; truncated?"
+        raise MeasurementError(f"{path}: {what}") from error
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise MeasurementError(f"{path}: cannot be read: {reason}") from error

@@ -1,9 +1,10 @@
 """Fit what measured engines say of the roofline: corrections of its terms, and what each engine version adds.
 
-The time of an iteration is linear in a few non-negative parameters. Four correct kernels whose times come from shapes
-and kernel measurements: matrix products, KV reads, all-reduces, small kernels. They belong to the hardware and are
-shared by all models, GPUs and engine versions: a model never measured on a GPU gets a prediction from its shape.
-Five more belong to an engine version: host time per iteration and per sequence, and the cost of sampling filters.
+The time of an iteration is linear in a few non-negative parameters. Five correct kernels whose times come from shapes
+and kernel measurements: matrix products, KV reads, attention of prefill chunks, all-reduces, small kernels. They belong
+to the hardware and are shared by all models, GPUs and engine versions of one generation of kernels: a model never
+measured on a GPU gets a prediction from its shape. Five more belong to an engine version: host time per iteration and
+per sequence, and the cost of sampling filters.
 
 A measured mean time per output token (or median gap between tokens) is the time of a decode iteration at the measured
 concurrency, plus each iteration's share of prefills. The fit minimises relative errors by non-negative least squares,

@@ -9,9 +9,9 @@ import click
 from rich.console import Console
 
 if TYPE_CHECKING:
+    from calibrate.experts import ExpertKey
     from calibrate.fit import Calibration
     from calibrate.parameters import EngineGroup
-    from calibrate.profiles import ExpertKey
 
 
 @click.command("fit", context_settings={"help_option_names": ["-h", "--help"]})
@@ -71,15 +71,16 @@ def fit_command(
     and what to measure next. RUNS may also be a folder that ``calibrate measure`` wrote: its engines' iterations then
     become profiles of terms, with what they were measured on and with.
     """
+    from calibrate.experts import expert_key
+    from calibrate.experts import llama_family as llama_experts
     from calibrate.fit import fit
     from calibrate.fit_report import print_fit, print_suggestions
-    from calibrate.held_out import held_out_errors
+    from calibrate.held_out import find_held_out_errors, held_out_errors
     from calibrate.measured_runs import MeasurementError, read_measured_runs
     from calibrate.next_measurements import candidate_points, knowledge, suggest
     from calibrate.operators import operator_factors, read_operators
     from calibrate.parameters import group_of_version
-    from calibrate.profiles import expert_key, find_held_out_errors, make_profile, provenance_of, write_profiles
-    from calibrate.profiles import llama_family as llama_experts
+    from calibrate.profiles import make_profile, provenance_of, write_profiles
     from calibrate.static_batch import read_static_batches
 
     messages, console = Console(stderr=True), Console()
@@ -146,14 +147,14 @@ def _short(version: str) -> str:
 
 
 def _measured_experts(calibration: "Calibration", group: "EngineGroup") -> "list[ExpertKey]":
-    from calibrate.profiles import key_of
+    from calibrate.experts import key_of
 
     return sorted({key_of(seen.run) for seen in calibration.observations if seen.group is group})
 
 
 def _suggestible(calibration: "Calibration", keys: "list[ExpertKey]") -> "list[ExpertKey]":
     """Return the models measured or asked for, on the GPUs measured or asked for, in every split."""
-    from calibrate.profiles import TENSOR_PARALLEL_SIZES, key_of
+    from calibrate.experts import TENSOR_PARALLEL_SIZES, key_of
 
     named = sorted({*keys, *(key_of(seen.run) for seen in calibration.observations)})
     models = dict.fromkeys((model, quantization) for model, quantization, _, _ in named)

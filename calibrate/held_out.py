@@ -1,14 +1,16 @@
 """Fits that have not seen what they predict: an experiment, a GPU or a model left out."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import log2, nan
 
 import numpy as np
 
+from calibrate.experts import ExpertKey, key_of
 from calibrate.fit import Calibration, fit
 from calibrate.measured_runs import MeasuredRun
 from calibrate.observations import Observation, observe
-from calibrate.parameters import EngineGroup, group_of
+from calibrate.parameters import V0, EngineGroup, group_of
 from calibrate.run_engine import shape_of
 from sim.factors import Factors
 
@@ -112,6 +114,66 @@ def error_growth(runs: Iterable[MeasuredRun], group: EngineGroup, factors: Facto
         return nan
     doublings, ratio = np.array(points).T
     return max(0.0, float(doublings @ (ratio - 1) / (doublings @ doublings)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOutErrors:
+    """Errors on what a fit had not seen: experiments, or all runs on a GPU or of a model.
+
+    Attributes:
+        growth: ``error_growth`` of batches beyond the fitted range; NaN where it could not be measured.
+        by_quantization: ``quantization_errors`` of quantizations that no engine of the group was measured in, on the
+            V0 engines that were.
+    """
+
+    by_experiment: HeldOut
+    by_gpu: HeldOut
+    by_model: HeldOut
+    growth: float
+    by_quantization: Mapping[str, HeldOut] = field(default_factory=dict)
+
+    def like(self, key: ExpertKey, measured: Collection[ExpertKey]) -> tuple[HeldOut, str]:
+        """Return the errors of predictions as far from any measurement as an expert's, and what they are of.
+
+        Raises:
+            ValueError: fewer than two experiments were measured, so that there are no errors.
+        """
+        model, _, gpu, _ = key
+        if all(gpu != other[2] for other in measured):
+            found, what = self.by_gpu, "GPUs that the fit had not seen"
+        elif all(model != other[0] for other in measured):
+            found, what = self.by_model, "models that the fit had not seen"
+        else:
+            found, what = (), ""
+        if not found:
+            found, what = self.by_experiment, "experiments that the fit had not seen"
+        if not found:
+            raise ValueError("one experiment alone cannot tell the error of a prediction: measure at least two")
+        on_gpu = [(seen, error) for seen, error in found if shape_of(seen.run)[2].name == gpu]
+        return on_gpu or found, what
+
+
+def find_held_out_errors(
+    runs: Sequence[MeasuredRun], group: EngineGroup, factors: Factors | None = None
+) -> HeldOutErrors:
+    """Leave out each experiment, each GPU and each model in turn, and return the errors on what was left out."""
+    return HeldOutErrors(
+        by_experiment=held_out_errors(runs, group, factors=factors),
+        by_gpu=held_out_errors(runs, group, lambda run: shape_of(run)[2].name, factors),
+        by_model=held_out_errors(runs, group, lambda run: shape_of(run)[0].name, factors),
+        growth=error_growth(runs, group, factors),
+        by_quantization=_on_older_engines(runs, group, factors),
+    )
+
+
+def _on_older_engines(runs: Sequence[MeasuredRun], group: EngineGroup, factors: Factors | None) -> dict[str, HeldOut]:
+    seen = {each.group: set[str]() for each in map(observe, runs) if not isinstance(each, str)}
+    for each in map(observe, runs):
+        if not isinstance(each, str):
+            seen[each.group].add(key_of(each.run)[1])
+    missing = seen.get(V0, set()) - seen.get(group, set())
+    errors = {name: quantization_errors(runs, V0, name, factors) for name in sorted(missing)}
+    return {name: found for name, found in errors.items() if found}
 
 
 def _observations(runs: Iterable[MeasuredRun], group: EngineGroup, factors: Factors | None) -> list[Observation]:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from calibrate.experts import ExpertKey, kv_tokens, why_impossible
 from calibrate.fit import NOISE, Calibration, covariance
 from calibrate.measured_runs import MeasuredRun
 from calibrate.observations import Observation, observe
 from calibrate.parameters import CORRECTIONS, OVERHEADS, EngineGroup, Estimate, overhead_columns
-from calibrate.profiles import ExpertKey, kv_tokens, why_impossible
 
 BATCHES = (1, 8, 32, 64, 128, 256)
 PROMPT_TOKENS, OUTPUT_TOKENS = 200, 1600
@@ -152,7 +152,9 @@ def candidate_points(experts: Iterable[ExpertKey], engine_version: str) -> list[
                 load_type="saturated_closed_loop",
                 concurrency_mean=float(batch),
                 prompt_tokens_mean=float(PROMPT_TOKENS),
+                prompt_tokens_std=0.0,
                 output_tokens_mean=float(OUTPUT_TOKENS),
+                output_tokens_std=0.0,
                 itl_p50_s=1.0,  # not known; the terms do not depend on it
             )
             point = observe(run)

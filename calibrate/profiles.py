@@ -1,22 +1,21 @@
 """From a fit to profile files, one per expert, with the error of predictions that had not seen the run."""
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import asdict, replace
 from math import isnan
 from pathlib import Path
 
 import numpy as np
 
+from calibrate.experts import ExpertKey, key_of
 from calibrate.fit import Calibration
-from calibrate.held_out import HeldOut, error_growth, held_out_errors, quantization_errors
-from calibrate.measured_runs import MeasuredRun
-from calibrate.observations import Observation, observe
+from calibrate.held_out import HeldOut, HeldOutErrors
+from calibrate.observations import Observation
 from calibrate.parameters import CORRECTIONS, OVERHEADS, V0, EngineGroup, Estimate
 from calibrate.run_engine import run_engine, shape_of
-from sim.catalogue import find_gpu, find_model, find_quantization
+from sim.catalogue import find_gpu
 from sim.factors import Factors, how_set, packaged_factors
-from sim.memory import block_size_of, engine_defaults, memory_budget
 from sim.profile import (
     ASSUMED_ERROR_GROWTH,
     ExpertIdentity,
@@ -27,101 +26,16 @@ from sim.profile import (
     Residuals,
     RooflineParameters,
 )
-from sim.resolve import DEFAULT_MAX_MODEL_LEN, profile_name
+from sim.resolve import profile_name
 from sim.roofline import default_front_end
 from sim.spec import EngineSpec
 
-LLAMA_FAMILY = (
-    "llama-3-8b",
-    "llama-3.1-8b",
-    "llama-3-70b",
-    "llama-3.1-70b",
-    "llama-2-7b",
-    "llama-2-70b",
-    "codellama-34b",
-)
-GPUS = ("H100-SXM", "H200", "A100-80GB", "L40S")
-TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
 LICENCE = (
     "fitted figures only; the measurements are those of the public repositories named in the provenance, under their "
     "own terms"
 )
 
 _LISTED_SOURCES = 4
-
-ExpertKey = tuple[str, str, str, int]
-"""Model, quantization, GPU and tensor-parallel size, by catalogue names."""
-
-
-def llama_family(quantizations: Sequence[str] = ("bf16",)) -> list[ExpertKey]:
-    """Return the experts of the Llama family that fit their GPUs; other than bf16 only where a GPU has the rate."""
-    keys = [
-        (model, quantization, gpu, size)
-        for quantization in quantizations
-        for model in LLAMA_FAMILY
-        for gpu in GPUS
-        for size in TENSOR_PARALLEL_SIZES
-        if find_quantization(quantization).compute == find_quantization(quantization).compute_on(find_gpu(gpu))
-    ]
-    return [key for key in keys if why_impossible(key) is None]
-
-
-def expert_key(text: str) -> ExpertKey:
-    """Read MODEL/QUANTIZATION/GPU/TP, by any names of the catalogue; the model's own may hold slashes.
-
-    Raises:
-        ValueError: it has not these parts, or the expert cannot exist.
-        UnknownNameError: the catalogue lacks one of them.
-    """
-    parts = text.rsplit("/", 3)
-    if len(parts) != 4 or not parts[3].isdecimal() or int(parts[3]) < 1:
-        raise ValueError(
-            f"expert {text!r}: expected MODEL/QUANTIZATION/GPU/TP such as llama-3.1-8b/bf16/H100-SXM/1, TP the number "
-            "of its GPUs"
-        )
-    key = find_model(parts[0]).name, find_quantization(parts[1]).name, find_gpu(parts[2]).name, int(parts[3])
-    reason = why_impossible(key)
-    if reason is not None:
-        raise ValueError(f"expert {text!r}: {reason}")
-    return key
-
-
-def why_impossible(key: ExpertKey) -> str | None:
-    """Return why an expert cannot exist, None if it can: with room for a request of the default length."""
-    model, quantization, gpu, size = find_model(key[0]), find_quantization(key[1]), find_gpu(key[2]), key[3]
-    if not quantization.supported_on(gpu):
-        return f"{quantization.name} does not run on {gpu.name}"
-    if not model.allows_tensor_parallel(size):
-        return f"{model.name} cannot be split over {size} GPUs"
-    if kv_tokens(key) < min(DEFAULT_MAX_MODEL_LEN, model.max_model_len):
-        return f"{model.name} in {quantization.name} does not fit into {gpu.name} x{size}"
-    return None
-
-
-def kv_tokens(key: ExpertKey) -> int:
-    """Return how many tokens of KV an expert has room for, with vLLM's defaults."""
-    model, quantization, gpu, size = key
-    tokens, seqs = engine_defaults(find_gpu(gpu))
-    budget = memory_budget(
-        find_model(model),
-        find_quantization(quantization),
-        find_gpu(gpu),
-        tensor_parallel_size=size,
-        engine=EngineSpec(),
-        max_num_batched_tokens=tokens,
-        max_num_seqs=seqs,
-    )
-    return budget.num_kv_blocks * block_size_of(EngineSpec(), find_gpu(gpu))
-
-
-def key_of(run: MeasuredRun) -> ExpertKey:
-    """Return the expert that a run measured.
-
-    Raises:
-        CannotPredictError: the catalogue lacks its model, quantization or GPU.
-    """
-    model, quantization, gpu = shape_of(run)
-    return model.name, quantization.name, gpu.name, run.tp
 
 
 def provenance_of(calibration: Calibration) -> str:
@@ -136,66 +50,6 @@ def provenance_of(calibration: Calibration) -> str:
         f"fitted to {len(calibration.observations)} load stages of {len(calibration.experiments)} experiments "
         f"({counts}) by expert-router calibrate fit"
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeldOutErrors:
-    """Errors on what a fit had not seen: experiments, or all runs on a GPU or of a model.
-
-    Attributes:
-        growth: ``error_growth`` of batches beyond the fitted range; NaN where it could not be measured.
-        by_quantization: ``quantization_errors`` of quantizations that no engine of the group was measured in, on the
-            V0 engines that were.
-    """
-
-    by_experiment: HeldOut
-    by_gpu: HeldOut
-    by_model: HeldOut
-    growth: float
-    by_quantization: Mapping[str, HeldOut] = field(default_factory=dict)
-
-    def like(self, key: ExpertKey, measured: Collection[ExpertKey]) -> tuple[HeldOut, str]:
-        """Return the errors of predictions as far from any measurement as an expert's, and what they are of.
-
-        Raises:
-            ValueError: fewer than two experiments were measured, so that there are no errors.
-        """
-        model, _, gpu, _ = key
-        if all(gpu != other[2] for other in measured):
-            found, what = self.by_gpu, "GPUs that the fit had not seen"
-        elif all(model != other[0] for other in measured):
-            found, what = self.by_model, "models that the fit had not seen"
-        else:
-            found, what = (), ""
-        if not found:
-            found, what = self.by_experiment, "experiments that the fit had not seen"
-        if not found:
-            raise ValueError("one experiment alone cannot tell the error of a prediction: measure at least two")
-        on_gpu = [(seen, error) for seen, error in found if shape_of(seen.run)[2].name == gpu]
-        return on_gpu or found, what
-
-
-def find_held_out_errors(
-    runs: Sequence[MeasuredRun], group: EngineGroup, factors: Factors | None = None
-) -> HeldOutErrors:
-    """Leave out each experiment, each GPU and each model in turn, and return the errors on what was left out."""
-    return HeldOutErrors(
-        by_experiment=held_out_errors(runs, group, factors=factors),
-        by_gpu=held_out_errors(runs, group, lambda run: shape_of(run)[2].name, factors),
-        by_model=held_out_errors(runs, group, lambda run: shape_of(run)[0].name, factors),
-        growth=error_growth(runs, group, factors),
-        by_quantization=_on_older_engines(runs, group, factors),
-    )
-
-
-def _on_older_engines(runs: Sequence[MeasuredRun], group: EngineGroup, factors: Factors | None) -> dict[str, HeldOut]:
-    seen = {each.group: set[str]() for each in map(observe, runs) if not isinstance(each, str)}
-    for each in map(observe, runs):
-        if not isinstance(each, str):
-            seen[each.group].add(key_of(each.run)[1])
-    missing = seen.get(V0, set()) - seen.get(group, set())
-    errors = {name: quantization_errors(runs, V0, name, factors) for name in sorted(missing)}
-    return {name: found for name, found in errors.items() if found}
 
 
 def make_profile(
