@@ -220,7 +220,8 @@ def test_scheduling_is_asynchronous_since_0_14(text: str, group: object) -> None
         ({"gpu": "H100-SMX"}, "unknown GPU 'H100-SMX', did you mean 'H100-SXM'?"),
         ({"model": "llama-3.1-9b"}, "unknown model 'llama-3.1-9b', did you mean 'llama-3.1-8b'?"),
         ({"quantization": "fp9"}, "unknown quantization 'fp9', did you mean 'fp8'?"),
-        ({"engine_version": "0.6.0"}, "no run of vLLM before 0.14 .* was measured; known are: vLLM 0.14 and later"),
+        ({"engine_version": "0.9.0"}, "no run of vLLM before 0.14 .* was measured; known are: vLLM 0.14 and later"),
+        ({"engine_version": "0.6.0"}, "no run of vLLM before 0.8 .* was measured; known are: vLLM 0.14 and later"),
     ],
 )
 def test_an_unknown_engine_fails_with_what_is_known(
