@@ -55,6 +55,7 @@ def command(
     from real.expert_server import EngineFailedError
     from real.serving import only_fleet
     from sim.fleet_file import FleetFileError, load_fleet
+    from sim.report import wide_console
     from sim.run import with_changes
     from sim.simulate_command import make_folder
     from sim.traces import TraceError
@@ -79,7 +80,7 @@ def command(
     if as_json:
         click.echo(outcome_json(outcome))
     else:
-        print_check(outcome, Console())
+        print_check(outcome, wide_console())
     written = write_check(outcome, out)
     messages.print(f"wrote {', '.join(path.name for path in written)} to {out}", highlight=False)
     raise SystemExit(130 if outcome.interrupted else 0 if outcome.passed else 1)

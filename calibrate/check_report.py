@@ -200,11 +200,12 @@ def _batch_table(outcome: "CheckOutcome") -> Table:
         title_style="bold",
     )
     table.add_column("replica")
-    for label in outcome.batch_bins:
-        table.add_column(label, justify="right")
-    for replica, (simulated, measured) in outcome.batches.items():
-        cells = [f"{ours:.0%} / {theirs:.0%}" for ours, theirs in zip(simulated, measured, strict=True)]
-        table.add_row(replica, *cells)
+    shares = np.array([both for both in outcome.batches.values()]).reshape(-1, 2, len(outcome.batch_bins))
+    found = np.flatnonzero((np.nan_to_num(shares) > 0).any(axis=(0, 1)))
+    for place in found:
+        table.add_column(outcome.batch_bins[place], justify="right")
+    for replica, (simulated, measured) in zip(outcome.batches, shares, strict=True):
+        table.add_row(replica, *(f"{simulated[place]:.0%} / {measured[place]:.0%}" for place in found))
     return table
 
 

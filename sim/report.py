@@ -96,12 +96,17 @@ MAX_LISTED_EXPERTS = 4
 
 def print_report(result: Result, console: Console | None = None) -> None:
     """Print the report to ``console``; by default to stdout, wide when that is not a terminal."""
-    if console is None:
-        console = Console(highlight=False)
-        if not console.is_terminal and "COLUMNS" not in os.environ:
-            console.width = PIPED_WIDTH
+    console = wide_console() if console is None else console
     for part in report(result, console.width):
         console.print(part)
+
+
+def wide_console() -> Console:
+    """Return a console on stdout that is wide when that is not a terminal."""
+    console = Console(highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = PIPED_WIDTH
+    return console
 
 
 def report(result: Result, width: int) -> list[RenderableType]:
