@@ -55,7 +55,8 @@ class CheckOutcome:
     @property
     def title(self) -> str:
         """Name of the file and the fleet, and on what it ran."""
-        return f"{self.file.name}, {self.fleet}: predicted and measured"
+        names = dict.fromkeys((self.file.name, self.fleet))  # often one and the same
+        return f"{', '.join(names)}: predicted and measured"
 
     @property
     def failing(self) -> list[Figure]:

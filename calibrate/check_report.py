@@ -200,7 +200,7 @@ def _batch_table(outcome: "CheckOutcome") -> Table:
         title_style="bold",
     )
     table.add_column("replica")
-    shares = np.array([both for both in outcome.batches.values()]).reshape(-1, 2, len(outcome.batch_bins))
+    shares = np.array(list(outcome.batches.values())).reshape(-1, 2, len(outcome.batch_bins))
     found = np.flatnonzero((np.nan_to_num(shares) > 0).any(axis=(0, 1)))
     for place in found:
         table.add_column(outcome.batch_bins[place], justify="right")
