@@ -217,7 +217,7 @@ class Forwarding:
 
     def _another(self, wish: Wish, besides: Replica) -> Replica | None:
         """A replica for a second try, if the budget for these allows one more."""
-        if self._retrying >= max(1.0, self._retry_share * self.open):
+        if self._retry_share == 0 or self._retrying >= max(1.0, self._retry_share * self.open):
             return None
         return self.admission.another(wish, besides)
 
