@@ -42,8 +42,8 @@ class Answer:
         self.started = False
         self.events: EventStream | None = None
 
-    async def start(self, status: int, headers: Iterable[tuple[str, str]]) -> web.StreamResponse:
-        """Send status and headers: the expert's but for those of its connection, and ours."""
+    async def start(self, status: int, headers: Iterable[tuple[str, str]], first: bytes) -> web.StreamResponse:
+        """Send status, headers (the expert's but for those of its connection, and ours) and the body's first bytes."""
         headers = list(headers)
         named = {word.strip().lower() for name, value in headers if name == "connection" for word in value.split(",")}
         response = web.StreamResponse(status=status, headers=self._own_headers)
@@ -63,7 +63,12 @@ class Answer:
         self._response = response
         self._chunked = response.headers.get("transfer-encoding") == "chunked"
         self._transport = self._request.transport
-        writer.send_headers()
+        if self.events is not None:
+            first = self.events.whole(first)
+        if first:
+            await writer.write(first)
+        else:
+            writer.send_headers()
         return response
 
     def write(self, data: bytes) -> None:

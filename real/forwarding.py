@@ -273,7 +273,7 @@ class Forwarding:
         self, request: web.BaseRequest, outcome: Outcome, exchange: Exchange, replica: Replica
     ) -> web.StreamResponse:
         answer = Answer(request, _own_headers(outcome))
-        response = await answer.start(exchange.status, exchange.headers)
+        response = await answer.start(exchange.status, exchange.headers, exchange.take())
         outcome.status = exchange.status
         outcome.ttft_s = time.monotonic() - outcome.arrived_s
         events = None

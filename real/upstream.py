@@ -1,7 +1,7 @@
 """The way to the experts: connections kept open, one request at a time on each, and the answers' bytes passed on.
 
-A connection hands each piece of an answer straight to the client's transport, in the callback that received it: no
-task wakes up and nothing is copied into a queue. When the client reads too slowly, its connection holds the expert's.
+A connection hands what it received of an answer straight to the client's transport, in the same callback: no task
+wakes up and nothing goes through a queue. When the client reads too slowly, its connection holds the expert's.
 """
 
 import asyncio
@@ -66,14 +66,16 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Take bytes of the answer; without a request, there should be none."""
-        if self.exchange is None:
+        exchange = self.exchange
+        if exchange is None:
             self.abort()
             return
         try:
             self.parser.feed_data(data)
+            exchange.pass_on()
         except httptools.HttpParserError:
-            if self.exchange is not None:
-                self.exchange.fail("reset")
+            exchange.pass_on()
+            exchange.fail("reset")
             self.abort()
 
     def abort(self) -> None:
@@ -96,11 +98,11 @@ class Exchange:
         "_deadline_s",
         "_done",
         "_error",
-        "_first",
         "_heard_s",
         "_loop",
         "_on_free",
         "_paused",
+        "_pieces",
         "_replica",
         "_started",
         "_suspected_s",
@@ -128,7 +130,7 @@ class Exchange:
         self._loop = asyncio.get_running_loop()
         self._heard_s = self._loop.time()
         self._suspected_s = -1.0
-        self._first: list[bytes] = []
+        self._pieces: list[bytes] = []
         self._answer: Answer | None = None
         self._started = self._done = self._paused = False
         self._error: str | None = None
@@ -146,15 +148,19 @@ class Exchange:
         self.status = self._connection.parser.get_status_code()
 
     def on_body(self, data: bytes) -> None:
-        """Pass a piece of the body on."""
+        """Keep a piece of the body until all that has been received is parsed: one write for several chunks."""
+        self._pieces.append(data)
+
+    def pass_on(self) -> None:
+        """Pass on what has come, once the client's answer has begun."""
+        if not self._pieces:
+            return
         self._replica.heard_s = self._heard_s = self._loop.time()
         if self._answer is not None:
-            self._answer.write(data)
-        else:
-            self._first.append(data)
-            if not self._started:
-                self._started = True
-                self._wake()
+            self._answer.write(self.take())
+        elif not self._started:
+            self._started = True
+            self._wake()
 
     def on_message_complete(self) -> None:
         """End well; the connection is free for the next request."""
@@ -214,6 +220,13 @@ class Exchange:
             await self._wait()
         self._raise_error()
 
+    def take(self) -> bytes:
+        """Return what has come of the body so far."""
+        pieces = self._pieces
+        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        pieces.clear()
+        return data
+
     async def relay(self, answer: Answer) -> None:
         """Pass the body on until its end.
 
@@ -223,8 +236,7 @@ class Exchange:
         client = answer.connection
         client.on_pause, client.on_resume = self._pause, self._resume
         self._answer = answer
-        for data in self._first:
-            answer.write(data)
+        self.pass_on()
         if client.writing_paused:
             self._pause()
         while not self._done:
