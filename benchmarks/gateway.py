@@ -210,7 +210,8 @@ async def deaths(folder: Path, streams: int) -> None:
             asyncio.create_task(client.complete(f"{CLASSES[index % 4]} {index}", max_tokens=200))
             for index in range(streams)
         ]
-        await until(lambda: fleet.gateway.total("inflight") == streams, timeout_s=60)
+        open_ = client.replies
+        await until(lambda: len(open_) == streams and all(reply.times_s for reply in open_), timeout_s=60)
         loop = asyncio.get_running_loop()
         killed_s = loop.time()
         fleet.experts["talk"][0].kill()

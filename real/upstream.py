@@ -62,7 +62,10 @@ class Connection(asyncio.Protocol):
         """Send a request."""
         self.parser = httptools.HttpResponseParser(exchange)
         self.exchange = exchange
-        self.transport.write(wire)
+        if self.lost or self.transport.is_closing():  # since it was made, or taken from those kept
+            exchange.fail("reset")
+        else:
+            self.transport.write(wire)
 
     def data_received(self, data: bytes) -> None:
         """Take bytes of the answer; without a request, there should be none."""
@@ -258,13 +261,15 @@ class Exchange:
     def _pause(self) -> None:
         if not self._done and not self._paused:
             self._paused = True
-            self._connection.transport.pause_reading()
+            if not self._connection.transport.is_closing():
+                self._connection.transport.pause_reading()
 
     def _resume(self) -> None:
         if not self._done and self._paused:
             self._paused = False
             self._heard_s = self._loop.time()
-            self._connection.transport.resume_reading()
+            if not self._connection.transport.is_closing():
+                self._connection.transport.resume_reading()
 
 
 class Upstream:
