@@ -21,7 +21,7 @@ from rich.table import Table
 
 from tests.kit.chaos import CHAOS_TIMEOUTS, Chaos
 from tests.kit.client import Client, Reply
-from tests.kit.processes import CLASSES, Expert, GatewayProcess, config_for, open_files, running, until
+from tests.kit.processes import CLASSES, Expert, GatewayProcess, Splice, config_for, open_files, running, until
 from tests.kit.scene import scene
 
 CHUNKS, ITL_S = 64, 0.05
@@ -62,7 +62,7 @@ async def closed_loop(
     warm_up_s: float,
     window_s: float,
     spread_s: float,
-    gateway: GatewayProcess | None = None,
+    gateway: GatewayProcess | Splice | None = None,
     **request: Any,
 ) -> Load:
     """Users who send one request after another."""
@@ -105,12 +105,16 @@ async def paced(folder: Path, users: Sequence[int], window_s: float) -> None:
         table.add_column(name)
     for count in users:
         direct: tuple[float, float] | None = None
-        for through in ("direct", "gateway"):
+        for through in ("direct", "bare splice", "gateway"):
             expert = Expert("code", itl_s=ITL_S, ttft_s=1e-4)
             os.sched_setaffinity(expert.pid, {0})
-            gateway = GatewayProcess(config_for({"code": [expert.url]}), folder) if through == "gateway" else None
-            if gateway is not None:
+            gateway: GatewayProcess | Splice | None = None
+            if through == "gateway":
+                gateway = GatewayProcess(config_for({"code": [expert.url]}), folder)
                 pin(gateway, {1})
+            elif through == "bare splice":
+                gateway = Splice(expert)
+                os.sched_setaffinity(gateway.pid, {1})
             with running(*([gateway] if gateway else []), expert):
                 load = await closed_loop(
                     gateway.port if gateway else expert.port,

@@ -116,6 +116,12 @@ class Splice(Process):
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == b"ready\n"
 
+    def resident_mb(self) -> float:
+        return resident_mb(self.pid)
+
+    def cpu_s(self) -> float:
+        return cpu_s(self.pid)
+
 
 def fetch_json(url: str, data: bytes | None = None) -> Any:
     with urllib.request.urlopen(url, data, timeout=10) as reply:
