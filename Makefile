@@ -22,6 +22,7 @@ wheel-check: $(VENV)/installed-dev
 
 benchmarks: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.gateway
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

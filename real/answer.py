@@ -24,6 +24,12 @@ HOP_BY_HOP = frozenset(
 _OURS = frozenset(("content-length", "date", "server", "x-request-id"))
 
 
+class _Response(web.StreamResponse):
+    """One whose headers wait for the first bytes, so that both go out in one write."""
+
+    _send_headers_immediately = False  # as in web.Response; without it, headers would go out on their own
+
+
 class Answer:
     """The answer to one request; nothing is sent before ``start``.
 
@@ -46,7 +52,7 @@ class Answer:
         """Send status, headers (the expert's but for those of its connection, and ours) and the body's first bytes."""
         headers = list(headers)
         named = {word.strip().lower() for name, value in headers if name == "connection" for word in value.split(",")}
-        response = web.StreamResponse(status=status, headers=self._own_headers)
+        response = _Response(status=status, headers=self._own_headers)
         length = None
         for name, value in headers:
             if name == "content-length":
