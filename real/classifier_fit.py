@@ -56,14 +56,19 @@ class TfidfFeatures:
         """Fit to these texts and return a row of length 1 for each.
 
         Raises:
-            ValueError: the texts hold no words.
+            ValueError: the texts hold too few words.
         """
         from sklearn.decomposition import TruncatedSVD
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import Normalizer
 
         self.vectorizer_ = tfidf_vectorizer()
-        counts = self.vectorizer_.fit_transform(texts)
+        try:
+            counts = self.vectorizer_.fit_transform(texts)
+        except ValueError:  # no words at all
+            counts = np.empty((len(texts), 0))
+        if counts.shape[1] < 2:
+            raise ValueError("the prompts hold fewer than two words that tell them apart (English stop words do not)")
         components = max(1, min(COMPONENTS, counts.shape[0] - 1, counts.shape[1] - 1))
         self.svd_ = TruncatedSVD(components, random_state=self.seed)
         with np.errstate(invalid="ignore", divide="ignore"):  # the explained variance of texts that are all alike
@@ -150,10 +155,10 @@ class RouterFit:
                 vectors = np.array([points[rows == row].mean(axis=0) for row in range(count)])
             else:
                 vectors, rows = _balanced_clusters(points, count, self.seed)
-                self.top_terms_ = top_terms(texts, rows, count)
-                names = _names(rows, count, labels, self.top_terms_)
-            if self.centres == "labels":
-                self.top_terms_ = top_terms(texts, rows, count)
+                names = _names(rows, count, labels, top_terms(texts, rows, count))
+                order = np.argsort(names)
+                names, vectors, rows = tuple(names[i] for i in order), vectors[order], np.argsort(order)[rows]
+            self.top_terms_ = top_terms(texts, rows, count)
         self.assigned_ = rows
         self.points_ = points
         self.centres_ = Centres(names, vectors)

@@ -18,6 +18,9 @@ WORDS = (50, 500, 2000, 8000)
 WORDS_PER_TOKEN = 0.75
 """As everywhere in ``sim``: what turns a time a word into a time a token."""
 
+_LOW_ACCURACY = 0.5
+"""Held out, below which a fit of labelled prompts is told how to follow the labels."""
+
 _MOST_SILHOUETTES = 5000  # their time grows with the square of the prompts
 
 
@@ -122,7 +125,12 @@ def print_fit_report(report: Mapping[str, Any], console: Console) -> None:
         text = f"{held_out:.1%}" if held_out is not None else "too few prompts of a class to tell"
         print_lines(console, f"right by the labels: {report['accuracy']:.1%} of these, of prompts held out {text}")
     if "held_out" in report:
+        without = [label for label in report["held_out"] if label not in report["classes"]]
+        if without:
+            print_lines(console, f"labels without a class of their own count as wrong: {', '.join(without)}")
         print_confusion(report["held_out"], list(report["classes"]), "held out", console)
+        if report["centres"] == "kmeans" and report["held_out_accuracy"] < _LOW_ACCURACY:
+            print_lines(console, "the clusters are not what the labels mean; --centres labels makes each label a class")
 
 
 def print_confusion(

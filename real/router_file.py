@@ -86,11 +86,15 @@ def _arrays(path: Path) -> dict[str, NDArray[Any]]:
         raise ValueError(f"{path}: not a classifier file, or only part of one ({error})") from error
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+            members = {name: arrays[name] for name in arrays.files}
     except (ValueError, KeyError, EOFError, MemoryError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         if "allow_pickle" in str(error):
             raise ValueError(f"{path}: holds pickled objects, which could run code: refused") from error
         raise ValueError(f"{path}: damaged ({error})") from error
+    strange = [name for name, member in members.items() if not isinstance(member, np.ndarray)]
+    if strange:
+        raise ValueError(f"{path}: not a classifier file: {strange[0]!r} is not an array")
+    return members
 
 
 def _content(arrays: dict[str, NDArray[Any]], path: Path) -> RouterFile:

@@ -15,5 +15,6 @@ cd "$work"
 "$work/venv/bin/expert-router" simulate --users 1,8 --out "$work/results"
 test -s "$work/results/summary.csv"
 test -s "$work/results/ttft.png"
+"$work/venv/bin/expert-router" router explain "Translate this into German" | grep -q "translation rather than"
 "$work/venv/bin/expert-router" schema | grep -q '"workload"'
 echo "wheel check passed"
