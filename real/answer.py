@@ -24,6 +24,12 @@ HOP_BY_HOP = frozenset(
 _OURS = frozenset(("content-length", "date", "server", "x-request-id"))
 
 
+class _Response(web.StreamResponse):
+    """One whose headers wait for the first bytes, so that both go out in one write."""
+
+    _send_headers_immediately = False  # as in web.Response; without it, headers would go out on their own
+
+
 class Answer:
     """The answer to one request; nothing is sent before ``start``.
 
@@ -42,11 +48,11 @@ class Answer:
         self.started = False
         self.events: EventStream | None = None
 
-    async def start(self, status: int, headers: Iterable[tuple[str, str]]) -> web.StreamResponse:
-        """Send status and headers: the expert's but for those of its connection, and ours."""
+    async def start(self, status: int, headers: Iterable[tuple[str, str]], first: bytes) -> web.StreamResponse:
+        """Send status, headers (the expert's but for those of its connection, and ours) and the body's first bytes."""
         headers = list(headers)
         named = {word.strip().lower() for name, value in headers if name == "connection" for word in value.split(",")}
-        response = web.StreamResponse(status=status, headers=self._own_headers)
+        response = _Response(status=status, headers=self._own_headers)
         length = None
         for name, value in headers:
             if name == "content-length":
@@ -63,7 +69,12 @@ class Answer:
         self._response = response
         self._chunked = response.headers.get("transfer-encoding") == "chunked"
         self._transport = self._request.transport
-        writer.send_headers()
+        if self.events is not None:
+            first = self.events.whole(first)
+        if first:
+            await writer.write(first)
+        else:
+            writer.send_headers()
         return response
 
     def write(self, data: bytes) -> None:
@@ -75,7 +86,7 @@ class Answer:
         self._write(data)
 
     def _write(self, data: bytes) -> None:
-        if self._transport is not None:
+        if self._transport is not None and not self._transport.is_closing():
             self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
 
     def end_of_body(self) -> None:

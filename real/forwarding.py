@@ -217,7 +217,7 @@ class Forwarding:
 
     def _another(self, wish: Wish, besides: Replica) -> Replica | None:
         """A replica for a second try, if the budget for these allows one more."""
-        if self._retrying >= max(1.0, self._retry_share * self.open):
+        if self._retry_share == 0 or self._retrying >= max(1.0, self._retry_share * self.open):
             return None
         return self.admission.another(wish, besides)
 
@@ -273,7 +273,7 @@ class Forwarding:
         self, request: web.BaseRequest, outcome: Outcome, exchange: Exchange, replica: Replica
     ) -> web.StreamResponse:
         answer = Answer(request, _own_headers(outcome))
-        response = await answer.start(exchange.status, exchange.headers)
+        response = await answer.start(exchange.status, exchange.headers, exchange.take())
         outcome.status = exchange.status
         outcome.ttft_s = time.monotonic() - outcome.arrived_s
         events = None

@@ -81,7 +81,10 @@ class GatewayMetrics:
         self._open = Gauge(f"{name}_open_requests", "received and not ended", multiprocess_mode="livesum")
         self._in_flight = Gauge(f"{name}_inflight", "at a replica", ("expert", "replica"), multiprocess_mode="livesum")
         self._up = Gauge(
-            f"{name}_replica_up", "workers that have it in rotation", ("expert", "replica"), multiprocess_mode="livesum"
+            f"{name}_replica_up",
+            "workers that would send it requests",
+            ("expert", "replica"),
+            multiprocess_mode="livesum",
         )
         self._queue = Gauge(f"{name}_queue_depth", "waiting for a place", ("expert",), multiprocess_mode="livesum")
         self._classify = Histogram(f"{name}_classify_seconds", "time of the classifier", buckets=_SHORT_S)

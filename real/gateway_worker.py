@@ -17,8 +17,8 @@ from real.gateway_app import GatewayApp
 from real.gateway_config import GatewayConfig
 from real.gateway_metrics import GatewayMetrics
 from real.health_checks import HealthChecks
+from real.listener import Listener
 from real.parent_death import die_with_parent
-from real.replica_health import State
 from real.replicas import Replica, Routing
 from real.upstream import Upstream
 from sim.streams import stream
@@ -26,7 +26,6 @@ from sim.streams import stream
 READY_LINE = "ready"
 _POLL_S = 0.02
 _FLUSH_S = 0.5
-_BACKLOG = 4096
 _GC_THRESHOLDS = (50_000, 20, 100)
 """Rarer than Python's: with a thousand streams open, each full collection would hold them all up."""
 
@@ -48,8 +47,7 @@ async def serve(config: GatewayConfig, worker: int) -> None:
 
         def tell(replica: Replica) -> None:
             name, ejections = config.experts[replica.expert].name, replica.health.ejections
-            up = replica.health.state is State.IN
-            metrics.replica(name, replica.index, up=up, ejections=ejections - told[replica])
+            metrics.replica(name, replica.index, up=replica.health.usable, ejections=ejections - told[replica])
             told[replica] = ejections
             forwarding.admission.hand_out()
 
@@ -59,7 +57,7 @@ async def serve(config: GatewayConfig, worker: int) -> None:
         server = ClientServer(app.handle, config.serve.timeouts, config.serve.limits.max_body_bytes)
         runner = web.ServerRunner(server, shutdown_timeout=_FLUSH_S)
         await runner.setup()
-        await web.TCPSite(runner, config.serve.host, config.serve.port, reuse_port=True, backlog=_BACKLOG).start()
+        listener = Listener(config.serve.host, config.serve.port, server)
         checking = asyncio.create_task(checks.run())
         gc.collect()
         gc.freeze()
@@ -71,6 +69,7 @@ async def serve(config: GatewayConfig, worker: int) -> None:
         checking.cancel()
         forwarding.stop()
         await _drained(forwarding, _FLUSH_S, asyncio.Event())
+        listener.close()
         await runner.cleanup()
     if classification is not None:
         classification.close()

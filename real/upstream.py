@@ -1,10 +1,11 @@
 """The way to the experts: connections kept open, one request at a time on each, and the answers' bytes passed on.
 
-A connection hands each piece of an answer straight to the client's transport, in the callback that received it: no
-task wakes up and nothing is copied into a queue. When the client reads too slowly, its connection holds the expert's.
+A connection hands what it received of an answer straight to the client's transport, in the same callback: no task
+wakes up and nothing goes through a queue. When the client reads too slowly, its connection holds the expert's.
 """
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import Self, cast
@@ -14,6 +15,11 @@ import httptools
 from real.answer import Answer
 from real.replicas import Replica
 from sim.serve_spec import TimeoutSpec
+
+_GRACE_TURNS = 10
+_GRACE_S = 0.02
+"""When a limit has passed, the loop gets some more turns before the expert is blamed: a turn looks at its clock before
+it looks at its sockets, so after a long turn an answer may lie there that came in time."""
 
 IDLE_CONNECTION_S = 3.0
 """How long a connection is kept without a request: less than the 5 s after which vLLM's server closes it."""
@@ -56,18 +62,23 @@ class Connection(asyncio.Protocol):
         """Send a request."""
         self.parser = httptools.HttpResponseParser(exchange)
         self.exchange = exchange
-        self.transport.write(wire)
+        if self.lost or self.transport.is_closing():  # since it was made, or taken from those kept
+            exchange.fail("reset")
+        else:
+            self.transport.write(wire)
 
     def data_received(self, data: bytes) -> None:
         """Take bytes of the answer; without a request, there should be none."""
-        if self.exchange is None:
+        exchange = self.exchange
+        if exchange is None:
             self.abort()
             return
         try:
             self.parser.feed_data(data)
+            exchange.pass_on()
         except httptools.HttpParserError:
-            if self.exchange is not None:
-                self.exchange.fail("reset")
+            exchange.pass_on()
+            exchange.fail("reset")
             self.abort()
 
     def abort(self) -> None:
@@ -90,13 +101,14 @@ class Exchange:
         "_deadline_s",
         "_done",
         "_error",
-        "_first",
         "_heard_s",
         "_loop",
         "_on_free",
         "_paused",
+        "_pieces",
         "_replica",
         "_started",
+        "_suspected_s",
         "_timeouts",
         "_timer",
         "_waiter",
@@ -120,7 +132,8 @@ class Exchange:
         self._on_free = on_free
         self._loop = asyncio.get_running_loop()
         self._heard_s = self._loop.time()
-        self._first: list[bytes] = []
+        self._suspected_s = -1.0
+        self._pieces: list[bytes] = []
         self._answer: Answer | None = None
         self._started = self._done = self._paused = False
         self._error: str | None = None
@@ -138,15 +151,19 @@ class Exchange:
         self.status = self._connection.parser.get_status_code()
 
     def on_body(self, data: bytes) -> None:
-        """Pass a piece of the body on."""
+        """Keep a piece of the body until all that has been received is parsed: one write for several chunks."""
+        self._pieces.append(data)
+
+    def pass_on(self) -> None:
+        """Pass on what has come, once the client's answer has begun."""
+        if not self._pieces:
+            return
         self._replica.heard_s = self._heard_s = self._loop.time()
         if self._answer is not None:
-            self._answer.write(data)
-        else:
-            self._first.append(data)
-            if not self._started:
-                self._started = True
-                self._wake()
+            self._answer.write(self.take())
+        elif not self._started:
+            self._started = True
+            self._wake()
 
     def on_message_complete(self) -> None:
         """End well; the connection is free for the next request."""
@@ -186,10 +203,13 @@ class Exchange:
             return
         wait_s = self._timeouts.idle_s if self._started else self._timeouts.first_byte_s
         due_s = (now_s if self._paused else self._heard_s) + wait_s
-        if now_s >= due_s:
-            self.fail("idle_timeout" if self._started else "first_byte_timeout")
-        else:
+        if now_s < due_s:
             self._timer = self._loop.call_at(min(due_s, self._deadline_s), self._look_at_clock)
+        elif self._suspected_s != self._heard_s:
+            self._suspected_s = self._heard_s
+            self._timer = self._loop.call_later(_GRACE_S, self._look_at_clock)
+        else:
+            self.fail("idle_timeout" if self._started else "first_byte_timeout")
 
     # ----------------------------------------------------------------------------------------- what a request awaits
 
@@ -203,6 +223,13 @@ class Exchange:
             await self._wait()
         self._raise_error()
 
+    def take(self) -> bytes:
+        """Return what has come of the body so far."""
+        pieces = self._pieces
+        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        pieces.clear()
+        return data
+
     async def relay(self, answer: Answer) -> None:
         """Pass the body on until its end.
 
@@ -212,8 +239,7 @@ class Exchange:
         client = answer.connection
         client.on_pause, client.on_resume = self._pause, self._resume
         self._answer = answer
-        for data in self._first:
-            answer.write(data)
+        self.pass_on()
         if client.writing_paused:
             self._pause()
         while not self._done:
@@ -235,13 +261,15 @@ class Exchange:
     def _pause(self) -> None:
         if not self._done and not self._paused:
             self._paused = True
-            self._connection.transport.pause_reading()
+            if not self._connection.transport.is_closing():
+                self._connection.transport.pause_reading()
 
     def _resume(self) -> None:
         if not self._done and self._paused:
             self._paused = False
             self._heard_s = self._loop.time()
-            self._connection.transport.resume_reading()
+            if not self._connection.transport.is_closing():
+                self._connection.transport.resume_reading()
 
 
 class Upstream:
@@ -262,7 +290,7 @@ class Upstream:
         """
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         head = f"POST {path} HTTP/1.1\r\nhost: {replica.address}\r\n{lines}content-length: {len(body)}\r\n\r\n"
-        connection = self._kept(replica) or await self._connect(replica, deadline_s)
+        connection = self._kept(replica) or await self._connect(replica, self._timeouts.connect_s)
         exchange = Exchange(connection, self._timeouts, deadline_s, self._keep)
         connection.begin(exchange, head.encode("latin-1") + body)
         try:
@@ -275,10 +303,10 @@ class Upstream:
     async def healthy(self, replica: Replica, timeout_s: float) -> bool | None:
         """Whether a replica calls itself healthy, on a connection of its own; None when it does not say in time."""
         self._close_old(replica)
-        deadline_s = self._loop.time() + timeout_s
         try:
-            connection = await self._connect(replica, deadline_s)
-            exchange = Exchange(connection, self._timeouts, deadline_s, Connection.abort)
+            connection = await self._connect(replica, min(timeout_s, self._timeouts.connect_s))
+            limits = self._timeouts.model_copy(update={"first_byte_s": timeout_s})
+            exchange = Exchange(connection, limits, math.inf, Connection.abort)
             wire = f"GET /health HTTP/1.1\r\nhost: {replica.address}\r\nconnection: close\r\n\r\n"
             connection.begin(exchange, wire.encode())
             try:
@@ -286,21 +314,25 @@ class Upstream:
             finally:
                 exchange.close()
         except UpstreamError as error:
-            return None if error.kind == "total_timeout" else False
+            return None if error.kind == "first_byte_timeout" else False
         return exchange.status == 200
 
-    async def _connect(self, replica: Replica, deadline_s: float) -> Connection:
-        connect_by_s = self._loop.time() + self._timeouts.connect_s
+    async def _connect(self, replica: Replica, longest_s: float) -> Connection:
+        make = self._loop.create_connection(lambda: Connection(replica), replica.host, replica.port)
+        connecting = asyncio.ensure_future(make)
         try:
-            async with asyncio.timeout_at(min(connect_by_s, deadline_s)):
-                _, connection = await self._loop.create_connection(
-                    lambda: Connection(replica), replica.host, replica.port
-                )
-        except TimeoutError:
-            raise UpstreamError("connect_failed" if connect_by_s <= deadline_s else "total_timeout") from None
+            await asyncio.wait((connecting,), timeout=longest_s)
+            for _ in range(_GRACE_TURNS):
+                if connecting.done():
+                    return connecting.result()[1]
+                await asyncio.sleep(0)
         except OSError:
             raise UpstreamError("connect_failed") from None
-        return connection
+        except asyncio.CancelledError:
+            _give_up(connecting)
+            raise
+        _give_up(connecting)
+        raise UpstreamError("connect_failed")
 
     def _close_old(self, replica: Replica) -> None:
         """Close the connections that have been idle for too long; the oldest is the first."""
@@ -329,3 +361,14 @@ class Upstream:
         for idle in self._idle.values():
             while idle:
                 idle.pop().abort()
+
+
+def _give_up(connecting: "asyncio.Future[tuple[asyncio.Transport, Connection]]") -> None:
+    """Close a connection that nobody waits for any more, should it still come about."""
+
+    def close(done: "asyncio.Future[tuple[asyncio.Transport, Connection]]") -> None:
+        if not done.cancelled() and done.exception() is None:
+            done.result()[0].abort()
+
+    connecting.add_done_callback(close)
+    connecting.cancel()

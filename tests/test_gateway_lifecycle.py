@@ -117,10 +117,11 @@ def test_what_keeps_it_from_beginning_is_said_in_one_line(tmp_path: Path, serve:
         path.write_text(config.model_dump_json())
         gateway = Process("real.gateway", str(path))
         with running(gateway):
-            _, error = gateway.process.communicate(timeout=30)
+            gateway.process.wait(30)
+            error = gateway.error_text()
         assert gateway.process.returncode == 2
-        assert error.decode().count("\n") == 1
-        assert says in error.decode()
+        assert error.count("\n") == 1
+        assert says in error
 
 
 def test_it_begins_while_experts_are_down_and_takes_them_in_when_they_come(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from typing import Any, Protocol, cast
 import httptools
 import uvloop
 
+from real.listener import Listener
+
 _WORDS = [f" word{index}" for index in range(97)]
 CREATED = 1_700_000_000
 
@@ -427,12 +429,10 @@ def _head(status: int, headers: dict[str, str]) -> bytes:
 
 
 async def serve(port: int, expert: MockExpert) -> None:
-    server = await asyncio.get_running_loop().create_server(
-        lambda: Connection(expert), "127.0.0.1", port, backlog=4096, reuse_address=True
-    )
+    listener = Listener("127.0.0.1", port, lambda: Connection(expert))
     print("ready", flush=True)
-    async with server:
-        await server.serve_forever()
+    await asyncio.Event().wait()
+    listener.close()
 
 
 def main() -> None:

@@ -9,6 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,12 +35,13 @@ class Process:
     """A child process in the worktree, its pipes read by us."""
 
     def __init__(self, module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - a pipe nobody reads would hold the process up
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self.errors,
         )
 
     @property
@@ -57,9 +60,13 @@ class Process:
             self.process.send_signal(signal.SIGCONT)
             self.process.kill()
         self.process.wait()
-        for pipe in (self.process.stdout, self.process.stderr):
-            assert pipe is not None
-            pipe.close()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        self.errors.close()
+
+    def error_text(self) -> str:
+        """What it has said on stderr so far."""
+        return os.pread(self.errors.fileno(), 2**20, 0).decode()
 
 
 class Expert(Process):
@@ -109,6 +116,12 @@ class Splice(Process):
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == b"ready\n"
 
+    def resident_mb(self) -> float:
+        return resident_mb(self.pid)
+
+    def cpu_s(self) -> float:
+        return cpu_s(self.pid)
+
 
 def fetch_json(url: str, data: bytes | None = None) -> Any:
     with urllib.request.urlopen(url, data, timeout=10) as reply:
@@ -124,11 +137,9 @@ class GatewayProcess(Process):
         path = folder / f"gateway-{self.port}.json"
         path.write_text(config.model_dump_json())
         super().__init__("real.gateway", str(path), environment=environment)
-        assert self.process.stderr is not None
-        lines = []
-        while b"ready" not in (line := self.process.stderr.readline()):
-            lines.append(line)
-            assert line, b"".join(lines).decode()
+        while "ready" not in self.error_text():
+            assert self.process.poll() is None, self.error_text()
+            time.sleep(0.01)
 
     def metrics(self) -> dict[str, float]:
         """Every sample, by name and labels as exposed."""

@@ -96,6 +96,7 @@ def scene(
     built = Scene(folder, experts or {"code": 1}, behaviour or {}, **config)
     try:
         yield built
+        assert "Traceback" not in built.gateway.error_text(), built.gateway.error_text()
     finally:
         with running(built.gateway, *built.all):
             pass
