@@ -98,21 +98,24 @@ def _costs(
 ) -> NDArray[np.float64] | None:
     """Return delay, and the work on a request, a prompt token and an output token; None without idle requests."""
     per_request_s = fit_entry(together).per_request_s
-    per_prompt_token_s = _prompt_token_cpu_s(points)
+    cpu_request_s, per_prompt_token_s = _cpu_s(points)
     per_output_token_s = _token_work_s(everything)
     waits_s = [
         request.first_token_s
         - request.sent_s
         - engine_s
-        - (per_request_s + per_prompt_token_s * request.prompt_tokens + per_output_token_s)
+        - (per_prompt_token_s * request.prompt_tokens + per_output_token_s)
         for each in idle
         for request, engine_s in zip(each.sample.sent, each.engine_s, strict=True)
         if not isnan(engine_s)
     ]
     if not waits_s:
         return None
-    delay_s = max(0.0, float(np.median(waits_s)))
-    return np.array([delay_s, per_request_s, per_prompt_token_s, per_output_token_s])
+    wait_s = max(0.0, float(np.median(waits_s)))
+    # Where a busy engine takes the front end's core, work takes longer than it does for an idle request; never less
+    # than its CPU time.
+    per_request_s = max(cpu_request_s, min(per_request_s, wait_s))
+    return np.array([max(0.0, wait_s - per_request_s), per_request_s, per_prompt_token_s, per_output_token_s])
 
 
 def _samples(
@@ -152,18 +155,18 @@ def _token_work_s(samples: Sequence[EntrySample]) -> float:
     return float(values[1])
 
 
-def _prompt_token_cpu_s(points: Sequence[MeasuredPoint]) -> float:
-    """Return CPU seconds of the API server a prompt token; 0 where they were not measured."""
+def _cpu_s(points: Sequence[MeasuredPoint]) -> tuple[float, float]:
+    """Return CPU seconds of the API server a request and a prompt token; 0 where they were not measured."""
     told = [point for point in points if point.front_end_cpu_s is not None]
     if len(told) < FEWEST_POINTS:
-        return 0.0
+        return 0.0, 0.0
     counts = np.array([[p.requests, p.prompt_tokens, p.output_tokens, p.iterations] for p in told], dtype=np.float64)
     spent_s = np.array([p.front_end_cpu_s for p in told], dtype=np.float64)
     weight = 1 / np.maximum(spent_s, 1e-3)  # relative, or the largest points would decide alone
     rows = counts * weight[:, None]
     scale = np.maximum(np.abs(rows).max(axis=0), 1e-12)
     costs = nnls(rows / scale, spent_s * weight)[0] / scale
-    return float(costs[1])
+    return float(costs[0]), float(costs[1])
 
 
 def _digits(value: float) -> float:

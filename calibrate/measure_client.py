@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
 from itertools import count
 from math import isnan
 
@@ -131,8 +130,3 @@ class PointClient:
             chunks=len(exchange.chunk_s),
             failure=failure,
         )
-
-
-def seeds() -> Iterator[int]:
-    """Yield seeds for clients of one measurement, each its own."""
-    return count(1)

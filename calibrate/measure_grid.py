@@ -223,6 +223,18 @@ def first_design(settings: EngineSettings, lengths: Lengths) -> list[Point]:
         ),
         Point(kind="steps", requests=settings.max_num_seqs, prompt_tokens=16, output_tokens=DECODE_STEPS),
     ]
+    # Prompts that fill the token budget, and a batch with much KV: what a busy engine has.
+    context = min(lengths.mean_context, settings.max_model_len - DECODE_STEPS)
+    filling = max(2, -(-5 * settings.max_num_batched_tokens // (4 * context)))
+    most = settings.num_kv_blocks * settings.block_size // _rounded_up(context + DECODE_STEPS, settings.block_size)
+    points.append(
+        Point(
+            kind="steps",
+            requests=max(1, min(filling, settings.max_num_seqs, most)),
+            prompt_tokens=context,
+            output_tokens=DECODE_STEPS,
+        )
+    )
     points += idle_points(lengths)
     return [point for point in points if point.prompt_tokens + point.output_tokens <= settings.max_model_len]
 

@@ -101,7 +101,7 @@ def fit_folder(measured: MeasurementFolder) -> MeasuredProfile:
         observed=seen,
         held_out=errors,
         check=_check(measured, fitted),
-        drift=drift(meta.points, seen_reference(measured)),
+        drift=drift(meta.points, decode_cycles_s(measured)),
         matched=float(measured.iterations["matched"].mean()),
     )
 
@@ -118,8 +118,8 @@ def graph_sizes(meta: Meta) -> tuple[int, ...]:
     )
 
 
-def seen_reference(measured: MeasurementFolder) -> dict[str, float]:
-    """Return the mean cycle of decode-only iterations of each point, by label."""
+def decode_cycles_s(measured: MeasurementFolder) -> dict[str, float]:
+    """Return the median cycle of decode-only iterations of each point, by label."""
     rows = measured.iterations
     rows = rows[rows["matched"] & (rows["prefill_chunks"] == 0) & rows["cycle_s"].notna()]
     return {str(label): float(cycle) for label, cycle in rows.groupby("point")["cycle_s"].median().items()}

@@ -95,6 +95,9 @@ def test_the_first_design_has_small_large_mixed_and_idle_points() -> None:
     points = first_design(SETTINGS, LENGTHS)
     assert {point.requests for point in points if point.kind == "steps"} >= {1, 32}
     assert any(point.late for point in points)
+    told = [candidate(point, SETTINGS) for point in points if point.kind == "steps"]
+    assert max(each.works[:, 0].max() for each in told) == SETTINGS.max_num_batched_tokens
+    assert max(each.works[:, 5].max() for each in told) > 1000
     assert [point for point in points if point.kind == "idle"] == idle_points(LENGTHS)
     assert closed_points(SETTINGS, LENGTHS)[-1].users == 32
 
