@@ -56,14 +56,19 @@ class EventStream:
     @property
     def is_done(self) -> bool:
         """Whether the last event was ``[DONE]``."""
-        events = self._last_events()
-        return bool(events) and events[-1] in _DONE
+        return self._last_events(1)[0] in _DONE
 
     @property
     def is_error(self) -> bool:
         """Whether one of the last two events is an error."""
-        return any(event.startswith(_ERROR) for event in self._last_events()[-2:])
+        return any(event.startswith(_ERROR) for event in self._last_events(2))
 
-    def _last_events(self) -> list[bytes]:
-        text = (self._before + self._last).replace(b"\r\n", b"\n")
-        return [line for line in text.split(b"\n") if line.startswith(b"data:")]
+    def _last_events(self, count: int) -> list[bytes]:
+        """The last lines of data, the very last one first."""
+        text = b"\n" + self._before + self._last
+        events = []
+        for _ in range(count):
+            start = max(text.rfind(b"\ndata:"), 0)
+            events.append(text[start:].lstrip(b"\n").partition(b"\n")[0].rstrip(b"\r"))
+            text = text[:start]
+        return events

@@ -154,7 +154,7 @@ def test_g5_retries_keep_to_their_budget(tmp_path: Path) -> None:
             retries = fleet.gateway.total("retries_total")
             print(f"G5: {retries:.0f} retries of 200 requests, {prompts} prompts")
             assert prompts <= 200 + retries
-            assert retries <= 20
+            assert retries <= 40  # 20 at a time, until both are out after some errors in a row
 
         fleet.play(story)
         fleet.check_ledger()

@@ -54,7 +54,9 @@ def test_g7_when_clients_leave_the_expert_is_told_and_nothing_is_left_behind(tmp
             await until(lambda: expert.state()["running"] == 0)
             print(f"G7: 50 rounds in {loop.time() - began_s:.1f} s, {open_files(worker) - files:+d} files")
             assert open_files(worker) <= files + 3
-            assert expert.state()["ended"] == {"cancelled": 150 + 150}
+            ended = expert.state()["ended"]
+            assert list(ended) == ["cancelled"]
+            assert 300 <= ended["cancelled"] <= 350  # one that waited may get the place of one that left before it
             assert fleet.gateway.total("client_disconnects_total") == 200 + 150
 
         fleet.play(story)
