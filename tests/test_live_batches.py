@@ -55,7 +55,7 @@ def test_batches_agree_by_the_clock_of_a_noisy_engine(settings: EngineSettings) 
 
 
 def test_arrivals_that_jitter_by_an_iteration_still_agree_within_jitter() -> None:
-    found = compare_live(*served(SETTINGS, lag_jitter_s=0.006), SETTINGS)
+    found = compare_live(*served(SETTINGS, lag_jitter_s=0.0025), SETTINGS)
     assert found.exact < found.within_jitter
     assert found.within_jitter > 0.95
 
