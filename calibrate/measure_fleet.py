@@ -1,8 +1,9 @@
 """Measuring the engines of a fleet file, with progress and messages, and writing what comes of it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 from rich.console import Console
@@ -14,6 +15,7 @@ from calibrate.measure_report import print_measured
 from calibrate.measured_experts import CALIBRATED_FILE, DistinctExpert, calibrated_yaml, distinct_experts, write_text
 from calibrate.measured_profile import fit_folder
 from calibrate.measurement_files import MeasurementError
+from calibrate.router_confusion import router_confusion
 from calibrate.router_measure import RouterCosts, measure_router
 from sim.fleet_file import LoadedFleetFile
 from sim.resolve import engine_limits
@@ -77,9 +79,21 @@ def measure_experts(
     if router is not None:
         costs, done = router.costs()
         complete = complete and done
-        write_text(out / CALIBRATED_FILE, calibrated_yaml(file, profiles, costs, f"written by {command}"))
+        fields: dict[str, dict[str, Any]] = {name: dict(each) for name, each in costs.items()}
+        for name in fields:
+            confusion = router_confusion(file, name)
+            if confusion is not None:
+                fields[name]["confusion"] = confusion
+                messages.print(_told(confusion), highlight=False)
+        write_text(out / CALIBRATED_FILE, calibrated_yaml(file, profiles, fields, f"written by {command}"))
         messages.print(f"wrote {out / CALIBRATED_FILE}; simulate takes it as it is", highlight=False)
     return complete
+
+
+def _told(confusion: Mapping[str, Mapping[str, float]]) -> str:
+    """Say what share of each class the classifier takes for what it is."""
+    right = ", ".join(f"{name} {shares[name]:.0%}" for name, shares in confusion.items())
+    return f"router: prompts taken for what they are: {right}"
 
 
 def _measure_one(

@@ -66,7 +66,7 @@ def distinct_experts(
 
 
 def calibrated_yaml(
-    file: LoadedFleetFile, profiles: Mapping[tuple[str, str], str], router: Mapping[str, Mapping[str, float]], note: str
+    file: LoadedFleetFile, profiles: Mapping[tuple[str, str], str], router: Mapping[str, Mapping[str, Any]], note: str
 ) -> str:
     """Return the fleet file, defaults filled in, with measured profiles and router times; itself a fleet file.
 

@@ -117,16 +117,14 @@ def test_times_inside_a_real_engine_are_its_own_and_unknown_without_them() -> No
     told = replace(
         run,
         replicas=tuple(
-            replace(r, engine_requests=10 * (1 + k), engine_queue_s=0.1 * k, engine_prefill_s=0.2, engine_decode_s=1.0)
+            replace(r, engine_requests=10 * (1 + k), engine_prefill_s=0.2 * k, engine_decode_s=1.0)
             for k, r in enumerate(run.replicas)
         ),
     )
     at = {row.station: row for row in station_times(run, [told]) if row.expert == "all"}
-    assert at["prefill"].measured_s == pytest.approx(0.2)
     weights = [10 * (1 + k) for k in range(len(run.replicas))]
-    assert at["engine queue"].measured_s == pytest.approx(
-        np.average([0.1 * k for k in range(len(run.replicas))], weights=weights)
-    )
+    expected_s = np.average([0.2 * k for k in range(len(run.replicas))], weights=weights)
+    assert at["prefill"].measured_s == pytest.approx(expected_s)
     silent = {row.station: row for row in station_times(run, [run]) if row.expert == "all"}
     assert isnan(silent["decode"].measured_s)
     assert not isnan(silent["router"].measured_s)
@@ -183,4 +181,4 @@ def test_files_tables_and_json_of_a_check(tmp_path: Path) -> None:
     stream = StringIO()
     print_check(outcome, Console(file=stream, width=200))
     assert "FAIL" in stream.getvalue()
-    assert "engine queue" in stream.getvalue()
+    assert "front end, network and queue" in stream.getvalue()
