@@ -201,7 +201,7 @@ def _batch_table(outcome: "CheckOutcome") -> Table:
     )
     table.add_column("replica")
     shares = np.array(list(outcome.batches.values())).reshape(-1, 2, len(outcome.batch_bins))
-    found = np.flatnonzero((np.nan_to_num(shares) > 0).any(axis=(0, 1)))
+    found = [int(place) for place in np.flatnonzero((np.nan_to_num(shares) > 0).any(axis=(0, 1)))]
     for place in found:
         table.add_column(outcome.batch_bins[place], justify="right")
     for replica, (simulated, measured) in zip(outcome.batches, shares, strict=True):
