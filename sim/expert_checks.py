@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from sim.catalogue import Gpu, ModelShape, Quantization, UnknownNameError, find_gpu, find_model, find_quantization
-from sim.memory import GIB, MemoryBudget, block_size_of, overlaps_scheduling
+from sim.memory import CPU_BLOCK_MULTIPLE, GIB, MemoryBudget, block_size_of, overlaps_scheduling
 from sim.mistakes import Mistakes
 from sim.profile import ProfileError
 from sim.resolve import budget_of, engine_limits, profile_of
@@ -37,6 +37,10 @@ def _check_names(expert: ExpertSpec, at: Path, mistakes: Mistakes) -> bool:
         return False
     gpu, quantization = find_gpu(expert.gpu), find_quantization(expert.quantization)
     if not quantization.supported_on(gpu):
+        if gpu.kind == "cpu":
+            problem = f"{quantization.name} does not run on CPUs, vLLM has no kernels for it there"
+            mistakes.add((*at, "quantization"), problem, ", take bf16, int8, awq or gptq")
+            return True
         problem = f"{quantization.name} does not run on {gpu.name} (compute capability {gpu.compute_capability:.1f})"
         highest = quantization.max_compute_capability
         limit = f"{quantization.min_compute_capability:.1f} " + (f"to {highest:.1f}" if highest else "or more")
@@ -92,6 +96,10 @@ def _check_engine(expert: ExpertSpec, at: Path, mistakes: Mistakes) -> None:
     if expert.engine.dtype == "float32" and find_gpu(expert.gpu).kind != "cpu":
         problem = f"is float32, which is for CPUs without fast bfloat16; {expert.gpu} runs auto"
         mistakes.add((*at, "engine", "dtype"), problem)
+    block_size = block_size_of(expert.engine, find_gpu(expert.gpu))
+    if find_gpu(expert.gpu).kind == "cpu" and block_size % CPU_BLOCK_MULTIPLE:
+        problem = f"is {block_size}, on CPUs vLLM takes multiples of {CPU_BLOCK_MULTIPLE}"
+        mistakes.add((*at, "engine", "block_size"), problem, ", leave it out for 128")
     if tokens < seqs:
         problem = f"max_num_batched_tokens is {tokens}, fewer than max_num_seqs {seqs}, which the engine refuses"
         mistakes.add((*at, "engine"), problem)

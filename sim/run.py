@@ -12,6 +12,7 @@ from sim.chrome_trace import TracedIteration
 from sim.feasibility import check_feasible
 from sim.fleet import Fleet
 from sim.measuring import completions_to_measure
+from sim.mistakes import did_you_mean
 from sim.records import RunRecord
 from sim.resolve import resolve_fleet
 from sim.result import Result
@@ -59,6 +60,10 @@ def simulate(
         ValueError: ``users`` for a workload that has no users.
     """
     file = with_changes(file, users=users, seed=seed, replications=replications)
+    known = {name for fleet in file.fleets.values() for name in fleet.experts}
+    for name in iteration_time_factors or ():
+        if name not in known:
+            raise ValueError(f"iteration_time_factors: no expert {name!r}{did_you_mean(name, known)}")
     data = read_workload_data(file.workload)
     check_feasible(file, data)
     fleets = {name: _scaled(resolve_fleet(file, name), iteration_time_factors or {}) for name in file.fleets}
@@ -89,6 +94,7 @@ def simulate(
 
 
 def _scaled(fleet: Fleet, factors: Mapping[str, float]) -> Fleet:
+    """The fleet with the iteration times of these experts multiplied; names that only another fleet has are left."""
     experts = tuple(
         replace(expert, curve=ScaledCurve(expert.curve, factors[expert.name])) if expert.name in factors else expert
         for expert in fleet.experts

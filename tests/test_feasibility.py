@@ -355,3 +355,16 @@ def test_a_file_built_in_python_is_told_without_lines() -> None:
         "fleets.main.experts: max_model_len of chat is 8192 tokens, but a request of class 'chat' can have 9512 "
         "(prompt up to 512, output up to 9000)",
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("quantization=fp8", "fp8 does not run on CPUs"),
+        ("engine.block_size=16", "on CPUs vLLM takes multiples of 32"),
+    ],
+)
+def test_what_a_cpu_cannot_is_told_before_anything_starts(change: str, told: str) -> None:
+    file = load_fleet(ROOT / "examples" / "laptop.yaml", [f"fleets.laptop.experts.code.{change}"])
+    with pytest.raises(FleetFileError, match=told):
+        check_feasible(file)
