@@ -24,11 +24,21 @@ INLINE_CHARACTERS = 16_000
 _classifier: "Classifier | None" = None  # of a helper process
 
 
+class ClassifierBusyError(Exception):
+    """Too many prompts wait for the helper process, or this one has waited too long."""
+
+
 class Classification:
     """The class of each prompt."""
 
-    def __init__(self, spec: ClassifierSpec, classes: Sequence[str]) -> None:
+    def __init__(self, spec: ClassifierSpec, classes: Sequence[str], *, most_waiting: int, longest_s: float) -> None:
         """Load the classifier.
+
+        Args:
+            spec: which.
+            classes: of the fleet.
+            most_waiting: prompts that may wait for the helper process at a time.
+            longest_s: that each of them may.
 
         Raises:
             ValueError: it cannot be loaded, or does not know these classes.
@@ -40,16 +50,32 @@ class Classification:
         self._classifier = load_classifier(spec, self._classes)
         self._inline_characters = -1 if spec.kind == "embedding" else INLINE_CHARACTERS
         self._pool: ProcessPoolExecutor | None = None
+        self._most_waiting = most_waiting
+        self._longest_s = longest_s
+        self._waiting = 0
 
     async def classify(self, text: str) -> int:
-        """Return the index of the text's class."""
+        """Return the index of the text's class.
+
+        Raises:
+            ClassifierBusyError: see there; never for a text that is classified in line.
+        """
         if len(text) <= self._inline_characters:
             return self._classifier.classify(text)
+        if self._waiting >= self._most_waiting:
+            raise ClassifierBusyError
+        self._waiting += 1
         try:
-            return await self._elsewhere(text)
-        except BrokenProcessPool:  # it was killed: once more, in a new one
-            self.close()
-            return await self._elsewhere(text)
+            async with asyncio.timeout(self._longest_s):
+                try:
+                    return await self._elsewhere(text)
+                except BrokenProcessPool:  # it was killed: once more, in a new one
+                    self.close()
+                    return await self._elsewhere(text)
+        except TimeoutError:
+            raise ClassifierBusyError from None
+        finally:
+            self._waiting -= 1
 
     async def _elsewhere(self, text: str) -> int:
         if self._pool is None:

@@ -91,6 +91,8 @@ class ClientConnection(RequestHandler):
     def begin(self) -> float:
         """Note that a request's headers are here; return when it began to arrive, by ``time.monotonic``."""
         arrived_s, self._arrived_s, self._busy = self._arrived_s, None, True
+        if self._late is None:  # it came right behind another, so nothing has started its time yet
+            self._expect_request()
         return time.monotonic() if arrived_s is None else arrived_s
 
     def request_is_here(self) -> None:

@@ -1,6 +1,7 @@
 """One real vLLM server, OpenAI-compatible, for one replica of one expert of a fleet file."""
 
 import json
+import re
 import socket
 import sys
 import time
@@ -8,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
+from zlib import crc32
 
 from real.checkpoints import Checkpoint
 from real.cores import Placement, runs_on_cpu, why_not_on_this_cpu
@@ -196,9 +198,12 @@ class ExpertServer:
         environment = server_environment(plan)
         if plan.log_iterations:
             environment[LOGGING_CONFIG_VARIABLE] = str((logs / _LOGGING_FILE).resolve())
+        label = re.sub(r"[^\w.-]", "_", plan.expert)  # names may hold what file names must not
+        if label != plan.expert:
+            label += f"-{crc32(plan.expert.encode()):08x}"
         self._process = GuardedProcess(
             server_command(plan),
-            log=logs / f"{plan.expert}-{plan.replica}.log",
+            log=logs / f"{label}-{plan.replica}.log",
             life=life,
             environment=environment,
             cores=plan.placement.cores,

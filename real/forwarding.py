@@ -14,11 +14,12 @@ from aiohttp import web
 
 from real.admission import Admission
 from real.answer import Answer
-from real.classification import Classification
+from real.classification import Classification, ClassifierBusyError
 from real.completion_request import CompletionRequest
 from real.error_events import Refusal
 from real.gateway_config import GatewayConfig, share_of
 from real.gateway_metrics import GatewayMetrics, Outcome
+from real.replica_health import State
 from real.replicas import Replica, Routing, Wish
 from real.upstream import Exchange, Upstream, UpstreamError
 from sim.spec import ALL_EXPERTS
@@ -31,6 +32,7 @@ _WORTH_A_RETRY: Final = frozenset((500, 502, 503, 504))
 
 _FAILURES: Final[dict[str, tuple[int, str]]] = {
     "connect_failed": (503, "the expert cannot be reached"),
+    "no_descriptor": (503, "this gateway has too many files open"),
     "reset": (502, "the expert broke off"),
     "first_byte_timeout": (504, "the expert did not answer in time"),
     "idle_timeout": (504, "the expert stopped answering"),
@@ -164,7 +166,11 @@ class Forwarding:
                 message = f"a prompt of token ids cannot be classified; send text, an expert's model or {CLASS_HEADER}"
                 raise Refusal("client_error", 400, message, param="prompt")
             began_s = time.perf_counter()
-            index = await self._classification.classify(completion.text)
+            try:
+                index = await self._classification.classify(completion.text)
+            except ClassifierBusyError:
+                message = "too many prompts wait to be classified; try again later"
+                raise Refusal("queue_full", 429, message, retry_after_s=1.0) from None
             outcome.classify_s = time.perf_counter() - began_s
             outcome.class_name = self._config.classes[index]
         elif not outcome.class_name and len(self._config.classes) == 1:
@@ -187,6 +193,7 @@ class Forwarding:
         replica = await self.admission.place(wish)
         outcome.queue_s = time.monotonic() - asked_s
         exchange: Exchange | None = None
+        on_trial = replica.health.state is State.TRIAL  # then this request is what tries it
         retrying = False
         try:
             try:
@@ -200,8 +207,8 @@ class Forwarding:
                 if exchange is not None:
                     exchange.close()
                     exchange = None
-                self._leave(replica)
-                replica, retrying = other, True
+                self._leave(replica, on_trial)
+                replica, on_trial, retrying = other, other.health.state is State.TRIAL, True
                 self._retrying += 1
                 self._metrics.retries.inc()
                 exchange = await self._send(request, completion, outcome, replica, deadline_s)
@@ -213,7 +220,7 @@ class Forwarding:
             self._retrying -= retrying
             if exchange is not None:
                 exchange.close()
-            self._leave(replica)
+            self._leave(replica, on_trial)
 
     def _another(self, wish: Wish, besides: Replica) -> Replica | None:
         """A replica for a second try, if the budget for these allows one more."""
@@ -221,8 +228,9 @@ class Forwarding:
             return None
         return self.admission.another(wish, besides)
 
-    def _leave(self, replica: Replica) -> None:
-        replica.health.trial_undecided()
+    def _leave(self, replica: Replica, on_trial: bool) -> None:
+        if on_trial:
+            replica.health.trial_undecided()
         self.admission.release(replica)
 
     async def _send(
@@ -299,6 +307,8 @@ class Forwarding:
                 outcome.outcome = "expert_error"
             elif exchange.status >= HTTPStatus.BAD_REQUEST:
                 outcome.outcome = "client_error"
+            else:
+                replica.health.completed()
         finally:
             if answer.events is not None:
                 outcome.chunks = answer.events.chunks
@@ -323,5 +333,5 @@ def _own_headers(outcome: Outcome) -> dict[str, str]:
 
 def _refusal(kind: str) -> Refusal:
     status, message = _FAILURES[kind]
-    retry_after_s = 1.0 if status == HTTPStatus.SERVICE_UNAVAILABLE else None
+    retry_after_s = 1.0 if status in (HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE) else None
     return Refusal(kind, status, message, retry_after_s=retry_after_s)

@@ -6,6 +6,7 @@ that dies is started again, after a pause that grows while it keeps dying. The p
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 import sys
@@ -131,16 +132,23 @@ def _say(line: str) -> None:
     print(f"gateway: {line}", file=sys.stderr, flush=True)
 
 
+LOOPBACK = "127.0.0.1"
+"""Where metrics are shown, whatever the gateway's own host: they ask for no key."""
+
+
 def main() -> None:
     """Run the gateway of a config file; exits with 2 when it cannot begin."""
     if len(sys.argv) != 2:
         _say("usage: python -m real.gateway CONFIG.json")
         sys.exit(_CANNOT_BEGIN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:  # two descriptors a request; workers inherit it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     metrics = MetricsFolder()
     try:
         config = GatewayConfig.model_validate_json(Path(sys.argv[1]).read_bytes())
         check_bind(config)
-        metrics.serve(config.serve.host, config.serve.metrics_port)
+        metrics.serve(LOOPBACK, config.serve.metrics_port)
         sys.exit(asyncio.run(Gateway(config, metrics).run()))
     except ValidationError as error:
         for found in error.errors(include_url=False):

@@ -38,7 +38,14 @@ async def serve(config: GatewayConfig, worker: int) -> None:
         loop.add_signal_handler(number, lambda: stop_now.set() if stop.is_set() else stop.set())
     keys = keys_from_environment(config.serve.api_key_env)
     decides = config.routes_by_class and len(config.classes) > 1
-    classification = Classification(config.serve.classifier, config.classes) if decides else None
+    classification = None
+    if decides:
+        classification = Classification(
+            config.serve.classifier,
+            config.classes,
+            most_waiting=max(1, config.serve.limits.max_queued_per_expert // config.router.workers),
+            longest_s=config.serve.timeouts.queue_s,
+        )
     metrics = GatewayMetrics()
     routing = Routing(config, worker, stream(config.seed, "policy", worker).random)
     async with Upstream(config.serve.timeouts) as upstream:

@@ -99,12 +99,15 @@ class ReplicaHealth:
 
     def answered(self, now_s: float) -> None:
         """Note a good first byte."""
-        self._server_errors = 0
         if self.state is State.TRIAL:
             self.state = State.IN
             self._wait_s = self._spec.reopen_s
             self._bad_checks = 0
             self.returned_s = now_s
+
+    def completed(self) -> None:
+        """Note an answer that came to a good end: what broke before was not one of many in a row."""
+        self._server_errors = 0
 
     def server_error(self, now_s: float) -> None:
         """Note an answer with 5xx, or one that broke off."""

@@ -85,7 +85,8 @@ class Routing:
         self._pools: list[Pool[Replica]] = [Pool(()) for _ in config.experts]
         self._everywhere: Pool[Replica] = Pool(())
         self._spills = spec.policy == "class_with_spill_over"
-        self._saturated_at = [expert.saturated_at for expert in config.experts]
+        # Outstanding requests are this worker's only, so it spills over at its share of the bound.
+        self._saturated_at = [expert.saturated_at / spec.workers for expert in config.experts]
         blind = not config.routes_by_class
         self._among = REPLICA_POLICIES[spec.policy if blind else spec.replica_policy]
         order = {expert.name: index for index, expert in enumerate(config.experts)}

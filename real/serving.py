@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from real.checkpoints import Checkpoint, find_checkpoint
 from real.classifier import load_classifier
 from real.cores import memory_warning, place_replicas, runs_on_cpu, usable_cores
@@ -26,7 +28,7 @@ from real.expert_server import (
     plan_replica,
     port_is_free,
 )
-from real.gateway_config import gateway_config
+from real.gateway_config import GatewayConfig, gateway_config
 from real.gateway_process import GatewayProcess
 from real.guarded_process import LifeLine
 from real.supervisor import Supervisor, Tell
@@ -90,15 +92,20 @@ class RunningFleet:
                 # What the gateway would only find wrong once the engines have started.
                 load_classifier(file.serve.classifier, list(file.workload.classes))
             self.plans, self.checkpoints, self.warnings = _plan(file, name, log_iterations)
+            self._config = gateway_config(file, name, self.replica_urls) if has_gateway else None
+        except ValidationError as error:
+            raise FleetFileError([found["msg"] for found in error.errors(include_url=False)]) from None
         except ValueError as error:
             raise FleetFileError([str(error)]) from None
         self.logs.mkdir(parents=True, exist_ok=True)
         self._life = LifeLine()
         self.servers = [ExpertServer(plan, logs=self.logs, life=self._life) for plan in self.plans]
         self._gateway: GatewayProcess | None = None
-        if has_gateway:
-            url = f"http://{file.serve.host}:{file.serve.port}"
-            self._gateway = GatewayProcess(self._gateway_command(), url=url, logs=self.logs, life=self._life)
+        if self._config is not None:
+            url = f"http://{reachable(file.serve.host)}:{file.serve.port}"
+            self._gateway = GatewayProcess(
+                self._gateway_command(self._config), url=url, logs=self.logs, life=self._life
+            )
         self.url = self.servers[0].url if self._gateway is None else self._gateway.url
         on_cpu = any(runs_on_cpu(expert) for expert in spec.experts.values())
         self.supervisor = Supervisor(
@@ -167,10 +174,10 @@ class RunningFleet:
             ports += [("serve.port", serve.port), ("serve.metrics_port", serve.metrics_port)]
         return ports
 
-    def _gateway_command(self) -> list[str]:
+    def _gateway_command(self, config: GatewayConfig) -> list[str]:
         """Write the gateway's configuration and return its command line."""
         path = self.logs / "gateway.json"
-        path.write_text(gateway_config(self.file, self.name, self.replica_urls).model_dump_json(indent=2))
+        path.write_text(config.model_dump_json(indent=2))
         return [sys.executable, "-m", "real.gateway", str(path)]
 
     def _write_state(self) -> None:
@@ -201,7 +208,10 @@ class RunningFleet:
                 state["replicas"].append(entry)
             else:
                 state["gateway"] = {"url": self.url, **entry}
-        _write_atomically(self.logs / STATE_FILE, json.dumps(state, indent=2) + "\n")
+        try:
+            _write_atomically(self.logs / STATE_FILE, json.dumps(state, indent=2) + "\n")
+        except OSError as error:  # what it tells of goes on without it
+            self._tell(f"{self.logs / STATE_FILE} cannot be written: {error.strerror}")
 
 
 @contextmanager
@@ -237,6 +247,12 @@ def serving(
         yield fleet
     finally:
         fleet.stop()
+
+
+def reachable(host: str) -> str:
+    """Return how a URL of this machine names what listens on a host."""
+    host = {"0.0.0.0": LOOPBACK, "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
 
 
 def only_fleet(file: FleetFile) -> str:

@@ -19,6 +19,9 @@ FIRST_WAIT_S = 1.0
 
 LONGEST_WAIT_S = 30.0
 
+GATEWAY_END_S = 7.0
+"""Longer than its drain that the gateway may take to end: it tells open streams, and ends its workers after 5 s."""
+
 _TICK_S = 0.2
 
 Tell = Callable[[str], None]
@@ -163,7 +166,7 @@ class Supervisor:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
         if self.gateway is not None:
-            self.gateway.service.stop(self._drain_s if drain_s is None else drain_s)
+            self.gateway.service.stop(self._drain_s + GATEWAY_END_S if drain_s is None else drain_s)
             self.gateway.state = "stopped"
         for each in self.experts:
             each.service.terminate()
@@ -225,6 +228,8 @@ class Supervisor:
                     self._look_at(each)
                 except EngineFailedError as error:
                     self._died(each, str(error))
+                except OSError as error:  # a full disk, for one: the next look tries again
+                    self._died(each, f"{each.service.name}: {error}")
 
     def _look_at(self, each: Watched) -> None:
         if each.state == "ready" and not each.service.is_running:

@@ -5,6 +5,7 @@ wakes up and nothing goes through a queue. When the client reads too slowly, its
 """
 
 import asyncio
+import errno
 import math
 from collections import deque
 from collections.abc import Callable
@@ -314,7 +315,7 @@ class Upstream:
             finally:
                 exchange.close()
         except UpstreamError as error:
-            return None if error.kind == "first_byte_timeout" else False
+            return None if error.kind in ("first_byte_timeout", "no_descriptor") else False
         return exchange.status == 200
 
     async def _connect(self, replica: Replica, longest_s: float) -> Connection:
@@ -326,8 +327,10 @@ class Upstream:
                 if connecting.done():
                     return connecting.result()[1]
                 await asyncio.sleep(0)
-        except OSError:
-            raise UpstreamError("connect_failed") from None
+        except OSError as error:
+            # Our own lack of file descriptors says nothing about the replica.
+            ours = error.errno in (errno.EMFILE, errno.ENFILE)
+            raise UpstreamError("no_descriptor" if ours else "connect_failed") from None
         except asyncio.CancelledError:
             _give_up(connecting)
             raise

@@ -172,9 +172,11 @@ def test_server_errors_in_a_row_take_a_replica_out() -> None:
     health = ReplicaHealth(HealthSpec())
     health.begin(True)
     for _ in range(4):
+        health.answered(1.0)  # a first byte, and then it breaks off
         health.server_error(1.0)
-    health.answered(1.0)
+    health.completed()
     for _ in range(4):
+        health.answered(1.0)
         health.server_error(1.0)
     assert health.usable
     health.server_error(1.0)

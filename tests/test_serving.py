@@ -51,7 +51,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     checkpoint = Checkpoint(place="/models/m", random_weights=True, told="random weights")
     monkeypatch.setattr("real.serving.find_checkpoint", lambda name, expert: checkpoint)
     command = [sys.executable, str(STAND_INS / "stand_in_gateway.py")]
-    monkeypatch.setattr(RunningFleet, "_gateway_command", lambda fleet: command)
+    monkeypatch.setattr(RunningFleet, "_gateway_command", lambda fleet, config: command)
     monkeypatch.setattr(real.supervisor, "FIRST_WAIT_S", 0.05)
 
 
@@ -242,7 +242,7 @@ import sys
 from real.checkpoints import Checkpoint
 import real.serving
 real.serving.find_checkpoint = lambda name, expert: Checkpoint(place="/m", random_weights=True, told="random weights")
-real.serving.RunningFleet._gateway_command = lambda fleet: [sys.executable, {gateway!r}]
+real.serving.RunningFleet._gateway_command = lambda fleet, config: [sys.executable, {gateway!r}]
 from sim.cli import main
 main()
 """
