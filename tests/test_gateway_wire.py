@@ -206,3 +206,18 @@ def test_a_client_that_asks_before_it_sends_is_told_to(fleet: Scene) -> None:
         writer.close()
 
     fleet.play(story)
+
+
+def test_a_request_that_follows_another_at_once_has_its_deadline_too(tmp_path: Path) -> None:
+    with scene(tmp_path, timeouts={"request_s": 1.0}) as fleet:
+
+        async def story(client: Client) -> None:
+            reader, writer = await asyncio.open_connection("127.0.0.1", fleet.gateway.port)
+            whole = b"GET /v1/models HTTP/1.1\r\nHost: a\r\n\r\n"
+            writer.write(whole + b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n")
+            async with asyncio.timeout(5):  # without a deadline it would be waited for without end
+                answers = await reader.read()
+            assert answers.startswith(b"HTTP/1.1 200")
+            writer.transport.abort()
+
+        fleet.play(story)
