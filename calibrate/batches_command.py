@@ -6,6 +6,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from sim.report import wide_console
+
 
 @click.command("batches", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("folders", nargs=-1, required=True, type=click.Path(file_okay=False, path_type=Path))
@@ -64,7 +66,7 @@ def batches_command(folders: tuple[Path, ...], at_least: float) -> None:
     except MeasurementError as error:
         messages.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(2) from None
-    console = Console()
+    console = wide_console()
     console.print(table)
     console.print("batch: requests an iteration, simulated / real", highlight=False)
     for note in notes:

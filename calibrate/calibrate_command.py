@@ -8,6 +8,8 @@ import click
 from click.core import ParameterSource
 from rich.console import Console
 
+from sim.report import wide_console
+
 if TYPE_CHECKING:
     from calibrate.predictor import Predictor
 
@@ -106,7 +108,7 @@ def validate_command(
                 workers=workers,
                 progress=progress,
             )
-        print_validation(found, Console())
+        print_validation(found, wide_console())
         if out is not None:
             write_errors(found, out)
             messages.print(f"wrote {len(found.rows)} rows to {out}", highlight=False)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Console
 
+from sim.report import wide_console
+
 if TYPE_CHECKING:
     from calibrate.experts import ExpertKey
     from calibrate.fit import Calibration
@@ -83,7 +85,7 @@ def fit_command(
     from calibrate.profiles import make_profile, provenance_of, write_profiles
     from calibrate.static_batch import read_static_batches
 
-    messages, console = Console(stderr=True), Console()
+    messages, console = Console(stderr=True), wide_console()
     if runs.is_dir():
         from calibrate.folder_fit import fit_folders
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from sim.report import wide_console
+
 _MODEL_FILE = """\
 name: measured
 workload:
@@ -87,7 +89,7 @@ def measure_command(
             minutes=minutes,
             out=out,
             messages=messages,
-            console=Console(),
+            console=wide_console(),
             command=_command_line(),
             whole_file=file is not None,
         )

@@ -5,6 +5,8 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from sim.report import wide_console
+
 QUANTIZATIONS = ("bf16", "int8", "awq", "gptq", "fp8")
 
 
@@ -55,7 +57,7 @@ def list_models() -> None:
     for shape in llama_shapes():
         there = [each.quantization for each in made if each.model == shape.name]
         table.add_row(shape.name, f"{shape.parameters_total / 1e6:,.0f}M", str(shape.vocab_size), ", ".join(there))
-    Console().print(table)
+    wide_console().print(table)
 
 
 def _fail(messages: Console, line: str) -> None:

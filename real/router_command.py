@@ -10,6 +10,8 @@ import click
 import numpy as np
 from rich.console import Console
 
+from sim.report import wide_console
+
 if TYPE_CHECKING:
     from real.classifier import FittedClassifier
     from real.labelled_prompts import LabelledPrompts
@@ -60,7 +62,7 @@ def fit_command(
     """
     if model is not None and kind != "embedding":
         raise click.UsageError("--model is of --kind embedding only")
-    console, messages = Console(), Console(stderr=True)
+    console, messages = wide_console(), Console(stderr=True)
     with mistakes_in_red(messages):
         from real.classifier_fit import RouterFit, need_scikit_learn
         from real.classifier_report import fit_report, print_fit_report, print_service_times, service_times
@@ -93,7 +95,7 @@ def explain_command(text: str, file: Path | None, terms: int) -> None:
 
         if text == "-":
             text = sys.stdin.read()
-        print_explanation(_loaded(file)[0].explain(text), terms, Console())
+        print_explanation(_loaded(file)[0].explain(text), terms, wide_console())
 
 
 @command.command("evaluate", context_settings=_HELP)
@@ -104,7 +106,7 @@ def evaluate_command(prompts: Path | None, file: Path | None) -> None:
 
     Ends with the lines that tell ``simulate`` of it: the router's service time and its confusion of classes.
     """
-    console = Console()
+    console = wide_console()
     with mistakes_in_red(Console(stderr=True)):
         from real.classifier_report import (
             as_counts,

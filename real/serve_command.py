@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Console
 
+from sim.report import wide_console
+
 if TYPE_CHECKING:
     from real.serving import RunningFleet
 
@@ -64,7 +66,7 @@ def command(
     status = 0
     try:
         fleet.start(limit_s)
-        _show(fleet, Console())
+        _show(fleet, wide_console())
         fleet.supervisor.wait()
         messages.print(str(fleet.supervisor.failure), style="red", highlight=False, markup=False, soft_wrap=True)
         status = 1
