@@ -75,7 +75,8 @@ def check_markdown(outcome: "CheckOutcome") -> str:
     """Return the comparison of the fleet as a Markdown page."""
     fleet = [figure for figure in outcome.figures if figure.expert == ALL_EXPERTS]
     heads = [head for _, head in TABLE]
-    lines = [f"# {outcome.title}", "", *outcome.remarks(), "", "![predicted and measured](check.png)", ""]
+    remarks = [f"{'  ' * line.startswith('  ')}- {line.strip()}" for line in outcome.remarks()]
+    lines = [f"# {outcome.title}", "", *remarks, "", "![predicted and measured](check.png)", ""]
     lines += ["Predicted / measured (error); bold: outside its tolerance and the noise.", ""]
     lines += [f"| load | {' | '.join(heads)} |", f"| ---: |{' ---: |' * len(heads)}"]
     for load in _loads(fleet):
