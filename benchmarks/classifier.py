@@ -16,10 +16,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from real.classifier_fit import EmbeddingFeatures, RouterFit
-from real.classifier_report import WORDS, service_times
-from real.embedding import EmbeddingClassifier
-from real.labelled_prompts import read_packaged_prompts
+from real.router.classifier_fit import EmbeddingFeatures, RouterFit
+from real.router.classifier_report import WORDS, service_times
+from real.router.embedding import EmbeddingClassifier
+from real.router.labelled_prompts import read_packaged_prompts
 
 SECONDS = 4.0
 

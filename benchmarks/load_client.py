@@ -12,8 +12,8 @@ from time import monotonic, process_time
 import aiohttp
 import uvloop
 
-from real.exchange import Exchange
-from real.load_client import LoadClient, Patience
+from real.users.exchange import Exchange
+from real.users.load_client import LoadClient, Patience
 
 GAP_S = 0.05
 SLOTS = 10  # streams are spread over this many moments of each gap

@@ -11,7 +11,7 @@ from rich.console import Console
 from sim.report import wide_console
 
 if TYPE_CHECKING:
-    from calibrate.predictor import Predictor
+    from calibrate.validate.predictor import Predictor
 
 HELP = {"help_option_names": ["-h", "--help"]}
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -66,11 +66,16 @@ def validate_command(
     The roofline predicts unless --profile or --leave-one-out says otherwise. A run that cannot be simulated is listed
     with the reason.
     """
-    from calibrate.bench_results import SUFFIXES, read_bench_results
-    from calibrate.error_report import print_validation
-    from calibrate.measured_runs import MeasurementError, read_measured_requests, read_measured_runs, run_of_settings
-    from calibrate.roofline_predictor import ProfilePredictor, RooflinePredictor
-    from calibrate.validate import validate, write_errors
+    from calibrate.tables.bench_results import SUFFIXES, read_bench_results
+    from calibrate.tables.measured_runs import (
+        MeasurementError,
+        read_measured_requests,
+        read_measured_runs,
+        run_of_settings,
+    )
+    from calibrate.validate.error_report import print_validation
+    from calibrate.validate.roofline_predictor import ProfilePredictor, RooflinePredictor
+    from calibrate.validate.validate import validate, write_errors
     from sim.catalogue import UnknownNameError
     from sim.profile import ProfileError
     from sim.simulate_command import progress_bar
@@ -92,7 +97,7 @@ def validate_command(
             measured = read_measured_runs(runs)
         predictor_for: Callable[[str], Predictor]
         if leave_one_out:
-            from calibrate.held_out import leave_one_out as fits_without
+            from calibrate.fit.held_out import leave_one_out as fits_without
 
             predictor_for = fits_without(measured)
         else:
@@ -113,7 +118,7 @@ def validate_command(
             write_errors(found, out)
             messages.print(f"wrote {len(found.rows)} rows to {out}", highlight=False)
         if report is not None:
-            from calibrate.accuracy_report import write_accuracy_report
+            from calibrate.validate.accuracy_report import write_accuracy_report
 
             written = write_accuracy_report(found, report, command=_command_line(), peers=peers)
             messages.print(f"wrote {', '.join(str(path) for path in written)}", highlight=False)
@@ -141,9 +146,9 @@ def _command_line() -> str:
     return " ".join(words)
 
 
-from calibrate.batches_command import batches_command  # noqa: E402
-from calibrate.fit_command import fit_command  # noqa: E402
-from calibrate.measure_command import measure_command  # noqa: E402
+from calibrate.fit.fit_command import fit_command  # noqa: E402
+from calibrate.measure.batches_command import batches_command  # noqa: E402
+from calibrate.measure.measure_command import measure_command  # noqa: E402
 
 command.add_command(batches_command)
 command.add_command(fit_command)

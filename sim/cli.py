@@ -7,12 +7,18 @@ import click
 
 COMMANDS = {
     "simulate": ("sim.simulate_command", "predict fleets from 1 to thousands of users"),
-    "run": ("real.run_command", "measure fleets with real users, as simulate predicts them"),
+    "run": ("real.users.run_command", "measure fleets with real users, as simulate predicts them"),
     "calibrate": ("calibrate.calibrate_command", "measure engines, fit profiles, and tell how wrong predictions are"),
-    "serve": ("real.serve_command", "run a fleet for real: its vLLM experts and the gateway, OpenAI-compatible"),
-    "check": ("calibrate.check_command", "predict a fleet, run it for real, and tell how far apart the two are"),
-    "models": ("real.models_command", "make checkpoints in a model's true shape, for machines without its weights"),
-    "router": ("real.router_command", "fit the classifier of prompts, ask it why, and tell what it is worth"),
+    "serve": (
+        "real.serving.serve_command",
+        "run a fleet for real: vLLM experts and the gateway, OpenAI-compatible",
+    ),
+    "check": ("calibrate.check.check_command", "predict a fleet, run it for real, and tell how far apart the two are"),
+    "models": (
+        "real.experts.models_command",
+        "make checkpoints in a model's true shape, where its weights are not at hand",
+    ),
+    "router": ("real.router.router_command", "fit the classifier of prompts, ask it why, and tell what it is worth"),
     "schema": ("sim.schema_command", "print the JSON Schema of fleet files, for editors"),
 }
 

@@ -1,6 +1,6 @@
 """The roofline's efficiency factors: named numbers in ``sim/data/roofline.json``, each with a line on how it was set.
 
-``python -m calibrate.roofline_factors`` writes the file from measured operator times and runs.
+``python -m calibrate.fit.roofline_factors`` writes the file from measured operator times and runs.
 """
 
 import json

@@ -2,8 +2,8 @@
 
 from functools import cache
 
-from real.classifier_fit import RouterFit
-from real.labelled_prompts import LabelledPrompts, read_packaged_prompts
+from real.router.classifier_fit import RouterFit
+from real.router.labelled_prompts import LabelledPrompts, read_packaged_prompts
 
 
 @cache

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from calibrate.engine_under_test import EngineFacts
-from calibrate.iteration_fit import TERMS, TermFit
-from calibrate.iteration_records import counts_of
+from calibrate.fit.iteration_fit import TERMS, TermFit
+from calibrate.measure.engine_under_test import EngineFacts
+from calibrate.measure.iteration_records import counts_of
 from sim.engine import Engine, EngineRequest
 from sim.fleet import EngineSettings
 from sim.spec import EngineSpec
@@ -20,7 +20,7 @@ FAST = TermFit(terms=dict(zip(TERMS, (1e-3, 5e-6, 0.0, 1e-4, 5e-6, 1e-9), strict
 
 
 class EngineServer:
-    """Fulfils ``calibrate.engine_under_test.EngineUnderTest``."""
+    """Fulfils ``calibrate.measure.engine_under_test.EngineUnderTest``."""
 
     def __init__(self, folder: Path, settings: EngineSettings, *, dies_after: int | None = None):
         folder.mkdir(parents=True, exist_ok=True)

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from calibrate.iteration_fit import TermFit
-from calibrate.iteration_records import SentRequest, counts_of
-from calibrate.measure_grid import Point
-from real.iteration_log import IterationLine
+from calibrate.fit.iteration_fit import TermFit
+from calibrate.measure.grid import Point
+from calibrate.measure.iteration_records import SentRequest, counts_of
+from real.experts.iteration_log import IterationLine
 from sim.engine import Engine, EngineRequest
 from sim.fleet import EngineSettings
 from sim.service_curve import IterationWork

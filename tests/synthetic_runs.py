@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from calibrate.measured_runs import MeasuredRun
-from calibrate.observations import observe
-from calibrate.parameters import CORRECTIONS, OVERHEADS, group_of_version, overhead_columns
+from calibrate.fit.observations import observe
+from calibrate.fit.parameters import CORRECTIONS, OVERHEADS, group_of_version, overhead_columns
+from calibrate.tables.measured_runs import MeasuredRun
 from sim.catalogue import find_gpu, find_model, find_quantization
 from sim.factors import OverheadFactors
 from sim.roofline import Corrections, Roofline

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calibrate.held_out import leave_one_out
-from calibrate.measured_runs import read_measured_requests, read_measured_runs
-from calibrate.validate import validate
+from calibrate.fit.held_out import leave_one_out
+from calibrate.tables.measured_runs import read_measured_requests, read_measured_runs
+from calibrate.validate.validate import validate
 from tests.test_memory import GROUND_TRUTH
 
 BASELINE = Path(__file__).parent / "data" / "accuracy_baseline.json"

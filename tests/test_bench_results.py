@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from calibrate.bench_results import read_bench_results
-from calibrate.measured_runs import MeasurementError, run_of_settings
+from calibrate.tables.bench_results import read_bench_results
+from calibrate.tables.measured_runs import MeasurementError, run_of_settings
 from sim.cli import main
 
 ENGINE = run_of_settings(["gpu=H100", "model=llama-3.1-8b", "max_num_seqs=64", "engine_version=0.26.0"])

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from real.classification import INLINE_CHARACTERS, Classification, ClassifierBusyError
+from real.gateway.classification import INLINE_CHARACTERS, Classification, ClassifierBusyError
 from sim.serve_spec import RuleClassifier
 
 SPEC = RuleClassifier(rules={"code": ["def "]}, otherwise="chat")

@@ -16,10 +16,17 @@ from sklearn.metrics import pairwise_distances_argmin
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer
 
-from real.classifier import MAX_CHARACTERS, Bounded, Classifier, fitted_classifier, load_classifier, read_packaged
-from real.classifier_fit import RouterFit
-from real.router_file import write_router_file
-from real.tfidf import NUMBER, TfidfClassifier, tokens
+from real.router.classifier import (
+    MAX_CHARACTERS,
+    Bounded,
+    Classifier,
+    fitted_classifier,
+    load_classifier,
+    read_packaged,
+)
+from real.router.classifier_fit import RouterFit
+from real.router.router_file import write_router_file
+from real.router.tfidf import NUMBER, TfidfClassifier, tokens
 from sim import serve_spec
 from tests.classifiers import clusters_of_half, fit_of_half, halves, packaged_prompts
 
@@ -230,8 +237,8 @@ def test_embeddings_tell_classes_apart_and_refuse_another_model(tmp_path: Any) -
 
 @pytest.mark.skipif(importlib.util.find_spec("sentence_transformers") is not None, reason="the extra is installed")
 def test_without_the_extra_the_message_says_what_to_install(tmp_path: Any) -> None:
-    from real.centres import Centres
-    from real.router_file import RouterFile
+    from real.router.centres import Centres
+    from real.router.router_file import RouterFile
 
     content = RouterFile("embedding", Centres(["a"], np.eye(1)), model="all-MiniLM-L6-v2", probe=np.ones(1))
     with pytest.raises(ValueError, match=r"pip install 'expert-router\[embeddings\]'"):

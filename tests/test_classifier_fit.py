@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from real.classifier import fitted_classifier, read_packaged
-from real.classifier_fit import RouterFit, confusion, cross_validate, top_terms
-from real.classifier_report import fit_report, service_times
+from real.router.classifier import fitted_classifier, read_packaged
+from real.router.classifier_fit import RouterFit, confusion, cross_validate, top_terms
+from real.router.classifier_report import fit_report, service_times
 from tests.classifiers import clusters_of_half, fit_of_half, halves, labels, packaged_prompts
 
 FRUIT = ["ripe apples and pears", "sweet apples", "pears on a tree", "a tree full of apples"]

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from calibrate.batch_sizes import BATCH_BINS, batch_shares, bin_labels
-from calibrate.check import CheckOutcome, as_json
-from calibrate.check_report import check_markdown, print_check, write_check
-from calibrate.comparison import COLUMNS, JUDGED, Figure, compare, coverage
-from calibrate.station_times import STATIONS, station_times
+from calibrate.check.batch_sizes import BATCH_BINS, batch_shares, bin_labels
+from calibrate.check.check import CheckOutcome, as_json
+from calibrate.check.check_report import check_markdown, print_check, write_check
+from calibrate.check.comparison import COLUMNS, JUDGED, Figure, compare, coverage
+from calibrate.check.station_times import STATIONS, station_times
 from sim.check_spec import CheckSpec
 from sim.records import RunRecord
 from sim.result import Result

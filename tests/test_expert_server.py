@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from real.checkpoints import Checkpoint
-from real.cores import Placement, memory_warning, place_replicas, why_not_on_this_cpu
-from real.engine_log import diagnose, has_failed, read_report, stage
-from real.expert_server import ReplicaPlan, plan_replica, server_command, server_environment
+from real.experts.checkpoints import Checkpoint
+from real.experts.cores import Placement, memory_warning, place_replicas, why_not_on_this_cpu
+from real.experts.engine_log import diagnose, has_failed, read_report, stage
+from real.experts.expert_server import ReplicaPlan, plan_replica, server_command, server_environment
 from sim.spec import EngineSpec, ExpertSpec
 
 LOGS = Path(__file__).parent / "data" / "engine_logs"
@@ -143,11 +143,11 @@ def test_gpus_are_never_shared(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_formats_without_kernels_are_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("real.cores._cpu_flags", lambda: frozenset({"avx2"}))
+    monkeypatch.setattr("real.experts.cores._cpu_flags", lambda: frozenset({"avx2"}))
     assert why_not_on_this_cpu("int8") is None
     with pytest.raises(ValueError, match=r"expert 'code': vLLM's awq kernels need AVX-512, which this CPU has not"):
         plan(LAPTOP.model_copy(update={"quantization": "awq"}), Placement(cores=(0,)))
-    monkeypatch.setattr("real.cores._cpu_flags", lambda: frozenset({"avx512f"}))
+    monkeypatch.setattr("real.experts.cores._cpu_flags", lambda: frozenset({"avx512f"}))
     assert why_not_on_this_cpu("awq") is None
 
 

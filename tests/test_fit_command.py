@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from calibrate.fit import fit
-from calibrate.measured_runs import read_measured_runs
-from calibrate.operators import operator_factors, read_operators
+from calibrate.fit.fit import fit
+from calibrate.tables.measured_runs import read_measured_runs
+from calibrate.tables.operators import operator_factors, read_operators
 from sim.cli import main
 from sim.profile import load_profile
 from sim.resolve import packaged_profiles, resolve_expert

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from calibrate.front_end_fit import fit_front_end
-from calibrate.iteration_records import SentRequest, reconstruct, sent_frame
-from calibrate.measurement_files import MeasuredPoint
-from calibrate.router_measure import PROMPT_TOKENS, Traffic, costs_of
+from calibrate.fit.front_end_fit import fit_front_end
+from calibrate.measure.files import MeasuredPoint
+from calibrate.measure.iteration_records import SentRequest, reconstruct, sent_frame
+from calibrate.measure.router import PROMPT_TOKENS, Traffic, costs_of
 from tests.iteration_runs import SETTINGS, TRUTH, run_engine
 
 REQUEST_S, DELAY_S, TOKEN_S, PROMPT_TOKEN_S = 4e-3, 6e-3, 2e-4, 2e-6

@@ -6,11 +6,11 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from real.admission import Admission
-from real.error_events import Refusal
-from real.gateway_config import share_of
-from real.replica_health import LONGEST_WAIT_S, ReplicaHealth, State
-from real.replicas import Replica, Routing, Wish
+from real.gateway.admission import Admission
+from real.gateway.config import share_of
+from real.gateway.error_events import Refusal
+from real.gateway.replica_health import LONGEST_WAIT_S, ReplicaHealth, State
+from real.gateway.replicas import Replica, Routing, Wish
 from sim.serve_spec import HealthSpec
 from tests.kit.processes import CLASSES, config_for
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from real.completion_request import parse_completion
-from real.error_events import Refusal
+from real.gateway.completion_request import parse_completion
+from real.gateway.error_events import Refusal
 from tests.kit.client import Client, Reply
 from tests.kit.scene import Scene, scene
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from real.event_stream import EventStream
+from real.gateway.event_stream import EventStream
 from tests.kit.client import Client
 from tests.kit.scene import Scene, scene
 

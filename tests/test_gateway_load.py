@@ -158,7 +158,7 @@ def test_g9_readers_who_stop_hold_little_memory_and_nobody_else_up(tmp_path: Pat
 
 
 def test_retry_after_follows_the_rate_at_which_answers_end() -> None:
-    from real.admission import DrainRate
+    from real.gateway.admission import DrainRate
 
     rate = DrainRate()
     for tenth in range(600):

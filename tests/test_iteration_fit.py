@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from calibrate.iteration_fit import (
+from calibrate.fit.iteration_fit import (
     TERMS,
     Observations,
     TermFit,
@@ -16,8 +16,8 @@ from calibrate.iteration_fit import (
     observations,
     term_parameters,
 )
-from calibrate.iteration_records import reconstruct
-from calibrate.measure_grid import candidates, lengths_of
+from calibrate.measure.grid import candidates, lengths_of
+from calibrate.measure.iteration_records import reconstruct
 from sim.service_curve import IterationWork
 from sim.streams import stream
 from sim.traffic import WorkloadData

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from real.iteration_log import IterationLog, logging_config, write_logging_config
+from real.experts.iteration_log import IterationLog, logging_config, write_logging_config
 
 # As vLLM 0.32.0 wrote them with this project's logging configuration.
 REAL = """\

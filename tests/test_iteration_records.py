@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibrate.iteration_records import SentRequest, admissions, lines_of, reconstruct, sent_frame, sent_of
-from calibrate.measure_grid import Point
-from real.iteration_log import IterationLine
+from calibrate.measure.grid import Point
+from calibrate.measure.iteration_records import SentRequest, admissions, lines_of, reconstruct, sent_frame, sent_of
+from real.experts.iteration_log import IterationLine
 from sim.fleet import EngineSettings
 from sim.service_curve import IterationWork
 from tests.iteration_runs import SETTINGS, requests_of, run_engine, seconds

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from real.labelled_prompts import LabelledPrompts, read_prompts
+from real.router.labelled_prompts import LabelledPrompts, read_prompts
 from tests.classifiers import labels, packaged_prompts
 
 

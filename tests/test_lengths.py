@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from calibrate.lengths import CHAT_LENGTHS, saturated_lengths
-from calibrate.observations import observe
-from calibrate.replay_load import replay_load
-from calibrate.run_engine import run_engine
+from calibrate.fit.observations import observe
+from calibrate.tables.lengths import CHAT_LENGTHS, saturated_lengths
+from calibrate.tables.run_engine import run_engine
+from calibrate.validate.replay_load import replay_load
 from sim.streams import stream
 from tests.fleets import AffineCurve
 from tests.measured_tables import run_of

@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from calibrate.engine_entry import EntrySample, fit_entry
-from calibrate.iteration_records import SentRequest, admissions
-from calibrate.live_batches import compare_live
-from real.iteration_log import IterationLine
+from calibrate.measure.engine_entry import EntrySample, fit_entry
+from calibrate.measure.iteration_records import SentRequest, admissions
+from calibrate.measure.live_batches import compare_live
+from real.experts.iteration_log import IterationLine
 from sim.fleet import EngineSettings
 from sim.service_curve import IterationWork
 from sim.streams import stream

@@ -13,9 +13,9 @@ import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 
-from real.client_lag import ClientLag
-from real.load_client import Exchange, LoadClient, Patience
-from real.load_connection import LoadConnection
+from real.users.client_lag import ClientLag
+from real.users.load_client import Exchange, LoadClient, Patience
+from real.users.load_connection import LoadConnection
 from tests.real_fleet import free_port, token_server
 
 PATIENCE = Patience(connect_s=5, first_token_s=5, idle_s=1, total_s=30)

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from calibrate.engine_under_test import EngineGoneError, EngineUnderTest
-from calibrate.folder_fit import measured_folders
-from calibrate.measure import MOST_RESTARTS, Outcome, measure_expert
-from calibrate.measure_grid import Lengths, lengths_of
-from calibrate.measured_profile import fit_folder
-from calibrate.measurement_files import MeasurementError, MeasurementFolder
+from calibrate.fit.folder_fit import measured_folders
+from calibrate.measure.engine_under_test import EngineGoneError, EngineUnderTest
+from calibrate.measure.files import MeasurementError, MeasurementFolder
+from calibrate.measure.grid import Lengths, lengths_of
+from calibrate.measure.measured_profile import fit_folder
+from calibrate.measure.one_engine import MOST_RESTARTS, Outcome, measure_expert
 from sim.profile import TermParameters
 from sim.spec import EngineSpec, ExpertSpec
 from sim.traffic import WorkloadData

@@ -6,8 +6,8 @@ import pytest
 from click.testing import CliRunner
 
 from calibrate.calibrate_command import command
-from calibrate.measure import measure_expert
-from calibrate.measure_grid import lengths_of
+from calibrate.measure.grid import lengths_of
+from calibrate.measure.one_engine import measure_expert
 from sim.profile import load_profile
 from sim.traffic import WorkloadData
 from tests.engine_server import EngineServer

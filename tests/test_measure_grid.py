@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from calibrate.iteration_records import reconstruct
-from calibrate.measure_grid import (
+from calibrate.measure.grid import (
     Choice,
     Point,
     candidate,
@@ -15,6 +14,7 @@ from calibrate.measure_grid import (
     lengths_of,
     target_works,
 )
+from calibrate.measure.iteration_records import reconstruct
 from sim.spec import ClassSpec, ClosedLoop, Fixed, WorkloadSpec
 from sim.traffic import WorkloadData
 from tests.iteration_runs import SETTINGS, TRUTH, requests_of, run_engine

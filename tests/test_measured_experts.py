@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from calibrate.measured_experts import calibrated_yaml, distinct_experts
+from calibrate.measure.measured_experts import calibrated_yaml, distinct_experts
 from sim.fleet_file import LoadedFleetFile, load_fleet, parse_fleet
 from sim.resolve import resolve_fleet
 from tests.profiles import profile_json

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from calibrate.measured_runs import (
+from calibrate.tables.measured_runs import (
     METRICS,
     MeasurementError,
     read_measured_requests,

@@ -7,9 +7,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from calibrate.iteration_records import reconstruct, sent_frame
-from calibrate.measure_grid import Point
-from calibrate.measurement_files import MeasuredPoint, MeasurementError, MeasurementFolder, Meta
+from calibrate.measure.files import MeasuredPoint, MeasurementError, MeasurementFolder, Meta
+from calibrate.measure.grid import Point
+from calibrate.measure.iteration_records import reconstruct, sent_frame
 from sim.profile import ExpertIdentity
 from sim.spec import EngineSpec
 from tests.iteration_runs import SETTINGS, requests_of, run_engine

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calibrate.experts import ExpertKey, expert_key, llama_family, why_impossible
-from calibrate.fit import Calibration, fit
-from calibrate.held_out import HeldOutErrors, find_held_out_errors
-from calibrate.measured_runs import MeasuredRun
-from calibrate.parameters import ASYNCHRONOUS, CORRECTIONS, OVERHEADS, SYNCHRONOUS
-from calibrate.profiles import make_profile, provenance_of, write_profiles
+from calibrate.fit.experts import ExpertKey, expert_key, llama_family, why_impossible
+from calibrate.fit.fit import Calibration, fit
+from calibrate.fit.held_out import HeldOutErrors, find_held_out_errors
+from calibrate.fit.parameters import ASYNCHRONOUS, CORRECTIONS, OVERHEADS, SYNCHRONOUS
+from calibrate.fit.profiles import make_profile, provenance_of, write_profiles
+from calibrate.tables.measured_runs import MeasuredRun
 from sim.catalogue import UnknownNameError
 from sim.profile import ASSUMED_ERROR_GROWTH, Profile, RooflineParameters, load_profile
 from sim.resolve import packaged_profiles, profile_name, resolve_expert

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from real.prompts import CHECKED, SHORTEST_NUMBERED, PromptRequest, PromptWriter, read_corpus, texts_of_classes
+from real.users.prompts import CHECKED, SHORTEST_NUMBERED, PromptRequest, PromptWriter, read_corpus, texts_of_classes
 from tests.real_fleet import TEXTS, train_marking_tokenizer, train_tokenizer, write_corpus
 
 LENGTHS = [1, 2, 3, 7, 16, 17, 18, 25, 64, 200, 1000]

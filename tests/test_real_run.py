@@ -16,10 +16,10 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
-import real.load_run
-from real.engine_metrics import EngineMetrics, ReplicaUrl, parse_metrics
-from real.exchange import Exchange
-from real.run import run
+import real.users.load_run
+from real.users.engine_metrics import EngineMetrics, ReplicaUrl, parse_metrics
+from real.users.exchange import Exchange
+from real.users.run import run
 from sim.cli import main
 from sim.fleet_file import parse_fleet
 from sim.outputs import result_json, write_result
@@ -270,11 +270,11 @@ def test_a_fleet_that_answers_nothing_well_is_given_up(folder: Path) -> None:
 
 def test_a_user_whose_request_failed_waits_as_long_as_the_server_asks() -> None:
     exchange = Exchange(lambda ended: None)
-    assert real.load_run._pause_s(exchange) == 0
+    assert real.users.load_run._pause_s(exchange) == 0
     exchange.failure = "HTTP 429"
-    assert real.load_run._pause_s(exchange) == real.load_run.PAUSE_AFTER_FAILURE_S
+    assert real.users.load_run._pause_s(exchange) == real.users.load_run.PAUSE_AFTER_FAILURE_S
     exchange.headers["retry-after"] = "3"
-    assert real.load_run._pause_s(exchange) == 3
+    assert real.users.load_run._pause_s(exchange) == 3
 
 
 def test_interrupting_keeps_what_was_measured(folder: Path, server: str, tmp_path: Path) -> None:
@@ -303,13 +303,13 @@ def test_interrupting_keeps_what_was_measured(folder: Path, server: str, tmp_pat
 def test_a_client_that_does_not_keep_up_is_in_the_notes(
     folder: Path, server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = real.load_run.LoadRun._on_end
+    honest = real.users.load_run.LoadRun._on_end
 
     def slow(self: Any, exchange: Exchange) -> None:
         time.sleep(0.03)
         honest(self, exchange)
 
-    monkeypatch.setattr(real.load_run.LoadRun, "_on_end", slow)
+    monkeypatch.setattr(real.users.load_run.LoadRun, "_on_end", slow)
     result = run(fleet_file(folder / "checkpoint", CLOSED), url=server, corpus=folder / "prompts.jsonl")
     assert any("the load client did not keep up" in note for note in result.notes)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from real.checkpoints import find_checkpoint
-from real.reference_models import (
+from real.experts.checkpoints import find_checkpoint
+from real.experts.reference_models import (
     MANIFEST,
     ensure_reference_model,
     is_reference_model,
@@ -22,7 +22,7 @@ from sim.spec import ExpertSpec
 
 tokenizers = pytest.importorskip("tokenizers", reason="the tokenizers package comes with the extras cpu and gpu")
 
-from real.reference_tokenizer import special_tokens, train_tokenizer  # noqa: E402
+from real.experts.reference_tokenizer import special_tokens, train_tokenizer  # noqa: E402
 
 TEXTS = [
     "Write a function that adds 12345 and 6.",

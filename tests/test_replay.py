@@ -4,9 +4,9 @@ from math import nan
 import numpy as np
 import pytest
 
-from calibrate.measured_runs import MeasuredRequests, MeasuredRun
-from calibrate.predictor import CannotPredictError
-from calibrate.replay import LIGHT, NEAR_SATURATION, OVERLOADED, replay
+from calibrate.tables.measured_runs import MeasuredRequests, MeasuredRun
+from calibrate.validate.predictor import CannotPredictError
+from calibrate.validate.replay import LIGHT, NEAR_SATURATION, OVERLOADED, replay
 from sim.fleet import EngineSettings, Expert, Fleet
 from sim.metrics import e2el_s, ttft_s
 from sim.records import RunRecord

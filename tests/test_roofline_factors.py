@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from calibrate.kernel_factors import all_reduce_factors, gemm_factors
-from calibrate.roofline_factors import all_factors, comparison, steady_runs, summary
+from calibrate.fit.kernel_factors import all_reduce_factors, gemm_factors
+from calibrate.fit.roofline_factors import all_factors, comparison, steady_runs, summary
 from sim.factors import GemmFactors, packaged_factors
 
 GROUND_TRUTH = Path(

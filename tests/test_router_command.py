@@ -10,7 +10,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from real.router_file import read_router_file
+from real.router.router_file import read_router_file
 from sim.cli import main
 from tests.classifiers import labels, packaged_prompts
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from real.classifier_fit import RouterFit
-from real.router_file import read_router_file, write_router_file
+from real.router.classifier_fit import RouterFit
+from real.router.router_file import read_router_file, write_router_file
 from tests.classifiers import fit_of_half, halves, labels
 
 
@@ -129,7 +129,7 @@ def test_a_zip_of_other_things_is_refused(path: Path) -> None:
 
 
 def test_a_zip_bomb_is_refused_before_it_is_unpacked(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("real.router_file.MAX_BYTES", 10**7)
+    monkeypatch.setattr("real.router.router_file.MAX_BYTES", 10**7)
     change(path, bomb=np.zeros(10**7, dtype=np.uint8))
     with pytest.raises(ValueError, match=r"router\.npz: unpacks to 1[\d,]+ bytes, more than the 10,000,000 allowed"):
         read_router_file(path)

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-import real.supervisor
-from real.checkpoints import Checkpoint
-from real.expert_server import EngineFailedError, ExpertServer
-from real.guarded_process import child_environment
-from real.serving import STATE_FILE, RunningFleet, read_state, serving
+import real.serving.supervisor
+from real.experts.checkpoints import Checkpoint
+from real.experts.expert_server import EngineFailedError, ExpertServer
+from real.serving.fleet import STATE_FILE, RunningFleet, read_state, serving
+from real.serving.guarded_process import child_environment
 from sim.cli import main
 from sim.fleet_file import FleetFileError, LoadedFleetFile, parse_fleet
 from tests.kit.process_tree import becomes_true, child_named, is_alive, processes_of_group
@@ -49,10 +49,10 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PYTHONPATH", str(STAND_INS))
     monkeypatch.setenv("STAND_IN_FAILS", str(tmp_path / "fails"))
     checkpoint = Checkpoint(place="/models/m", random_weights=True, told="random weights")
-    monkeypatch.setattr("real.serving.find_checkpoint", lambda name, expert: checkpoint)
+    monkeypatch.setattr("real.serving.fleet.find_checkpoint", lambda name, expert: checkpoint)
     command = [sys.executable, str(STAND_INS / "stand_in_gateway.py")]
     monkeypatch.setattr(RunningFleet, "_gateway_command", lambda fleet, config: command)
-    monkeypatch.setattr(real.supervisor, "FIRST_WAIT_S", 0.05)
+    monkeypatch.setattr(real.serving.supervisor, "FIRST_WAIT_S", 0.05)
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def file(unused_ports: Callable[[int], int]) -> LoadedFleetFile:
 
 @pytest.fixture
 def unused_ports() -> Callable[[int], int]:
-    from real.expert_server import port_is_free
+    from real.experts.expert_server import port_is_free
 
     def find(count: int) -> int:
         for first in range(23000 + os.getpid() % 1000 * 8, 60000, 8):
@@ -151,7 +151,7 @@ def test_a_gateway_that_is_killed_is_started_again(file: LoadedFleetFile, tmp_pa
 
 
 def test_what_dies_too_often_stays_down(file: LoadedFleetFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(real.supervisor, "RESTARTS", 2)
+    monkeypatch.setattr(real.serving.supervisor, "RESTARTS", 2)
     told: list[str] = []
     with serving(file, "direct", logs=tmp_path, tell=told.append) as fleet:
         (tmp_path / "fails").write_text("ValueError: the disk is on fire")
@@ -239,10 +239,11 @@ def test_an_unready_server_is_not_ready(file: LoadedFleetFile, tmp_path: Path) -
 
 COMMAND = """
 import sys
-from real.checkpoints import Checkpoint
-import real.serving
-real.serving.find_checkpoint = lambda name, expert: Checkpoint(place="/m", random_weights=True, told="random weights")
-real.serving.RunningFleet._gateway_command = lambda fleet, config: [sys.executable, {gateway!r}]
+from real.experts.checkpoints import Checkpoint
+import real.serving.fleet
+checkpoint = Checkpoint(place="/m", random_weights=True, told="random weights")
+real.serving.fleet.find_checkpoint = lambda name, expert: checkpoint
+real.serving.fleet.RunningFleet._gateway_command = lambda fleet, config: [sys.executable, {gateway!r}]
 from sim.cli import main
 main()
 """

@@ -4,12 +4,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calibrate.fit import fit
-from calibrate.held_out import quantization_errors
-from calibrate.measured_runs import MeasuredRun, MeasurementError
-from calibrate.observations import observe
-from calibrate.parameters import ASYNCHRONOUS, CORRECTIONS, OVERHEADS, V0, group_of_version, overhead_columns
-from calibrate.static_batch import read_static_batches
+from calibrate.fit.fit import fit
+from calibrate.fit.held_out import quantization_errors
+from calibrate.fit.observations import observe
+from calibrate.fit.parameters import ASYNCHRONOUS, CORRECTIONS, OVERHEADS, V0, group_of_version, overhead_columns
+from calibrate.tables.measured_runs import MeasuredRun, MeasurementError
+from calibrate.tables.static_batch import read_static_batches
 from tests.measured_tables import write_table
 from tests.synthetic_runs import TRUTH, by_linear_model, loads
 

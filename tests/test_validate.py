@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from calibrate.accuracy_report import read_peer_figures
-from calibrate.conformal import interval_factors
-from calibrate.error_tables import GROUPINGS, summaries
-from calibrate.measured_runs import MeasuredRun
-from calibrate.predictor import CannotPredictError, PredictedEngine, Predictor
-from calibrate.validate import ErrorRow, validate, with_intervals
+from calibrate.tables.measured_runs import MeasuredRun
+from calibrate.validate.accuracy_report import read_peer_figures
+from calibrate.validate.conformal import interval_factors
+from calibrate.validate.error_tables import GROUPINGS, summaries
+from calibrate.validate.predictor import CannotPredictError, PredictedEngine, Predictor
+from calibrate.validate.validate import ErrorRow, validate, with_intervals
 from sim.cli import main
 from sim.service_curve import CurveSource, DecodePiece, IterationWork
 from sim.streams import stream
@@ -266,8 +266,8 @@ RUNS = GROUND_TRUTH / "serving_runs.csv"
 
 @pytest.mark.skipif(not RUNS.is_file(), reason=f"no {RUNS}; set EXPERT_ROUTER_GROUND_TRUTH to its folder")
 def test_the_roofline_meets_light_and_loaded_dense_runs_within_ten_percent() -> None:
-    from calibrate.measured_runs import read_measured_runs
-    from calibrate.roofline_predictor import RooflinePredictor
+    from calibrate.tables.measured_runs import read_measured_runs
+    from calibrate.validate.roofline_predictor import RooflinePredictor
 
     runs = [run for run in read_measured_runs(RUNS) if run.run_id.startswith("blis55") and run.arch == "dense"]
     found = validate(runs, {}, lambda experiment: RooflinePredictor(), workers=1, replications=1)

@@ -18,7 +18,7 @@ from typing import Any, Protocol, cast
 import httptools
 import uvloop
 
-from real.listener import Listener
+from real.gateway.listener import Listener
 
 _WORDS = [f" word{index}" for index in range(97)]
 CREATED = 1_700_000_000

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from real.gateway_config import GatewayConfig, GatewayExpert
+from real.gateway.config import GatewayConfig, GatewayExpert
 from sim.serve_spec import ServeSpec
 from sim.spec import RouterSpec
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from real.guarded_process import child_environment
+from real.serving.guarded_process import child_environment
 
 pytestmark = [
     pytest.mark.vllm,

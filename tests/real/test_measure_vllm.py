@@ -12,11 +12,11 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from calibrate.calibrate_command import command
-from calibrate.measure_fleet import ROUTER_FILE, measure_fleet
-from calibrate.measured_experts import CALIBRATED_FILE, without_profiles
-from calibrate.measurement_files import MeasurementFolder
-from calibrate.router_measure import RouterCosts
-from real.expert_server import port_is_free
+from calibrate.measure.files import MeasurementFolder
+from calibrate.measure.fleet import ROUTER_FILE, measure_fleet
+from calibrate.measure.measured_experts import CALIBRATED_FILE, without_profiles
+from calibrate.measure.router import RouterCosts
+from real.experts.expert_server import port_is_free
 from sim.fleet_file import load_fleet, parse_fleet
 from sim.run import simulate
 

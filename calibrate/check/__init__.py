@@ -1,0 +1,1 @@
+"""A fleet predicted and run for real, side by side."""

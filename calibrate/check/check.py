@@ -1,0 +1,250 @@
+"""``check``: the same fleet predicted and for real, and how far apart the two are."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from math import isnan
+from pathlib import Path
+
+import numpy as np
+
+from calibrate.check.batch_sizes import BATCH_BINS, batch_shares, bin_labels
+from calibrate.check.comparison import Figure, compare, coverage
+from calibrate.check.station_times import StationTime, station_times
+from real.experts.iteration_log import IterationLog
+from real.serving.fleet import RunningFleet, serving
+from real.users.run import run
+from sim.result import Result
+from sim.run import loads, simulate, trace_replica
+from sim.spec import FleetFile
+
+OTHER_DRAWS = 4
+"""Further seeds simulated for the interval of one run: what the draw of requests alone changes."""
+
+Step = Callable[[str], AbstractContextManager[Callable[[float], None] | None]]
+"""Opens a step by its description; inside it is told the share that is done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckOutcome:
+    """What was predicted, what was measured, and what a comparison says.
+
+    Attributes:
+        file: the fleet file with its profiles.
+        fleet: which of its fleets.
+        predicted: simulated with the traffic of the real runs.
+        measured: one result for each repeated real run.
+        figures: of every load that both sides have.
+        stations: where requests spent their time, by load and expert.
+        batches: replica -> shares of iterations by requests in them (``batch_bins``), simulated and measured, at the
+            highest load.
+        interrupted: whether real runs are missing because the user stopped.
+    """
+
+    file: FleetFile
+    fleet: str
+    predicted: Result
+    measured: Sequence[Result]
+    figures: Sequence[Figure]
+    stations: Sequence[StationTime]
+    batches: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    batch_bins: Sequence[str] = field(default_factory=lambda: bin_labels(BATCH_BINS))
+    interrupted: bool = False
+
+    @property
+    def title(self) -> str:
+        """Name of the file and the fleet, and on what it ran."""
+        names = dict.fromkeys((self.file.name, self.fleet))  # often one and the same
+        return f"{', '.join(names)}: predicted and measured"
+
+    @property
+    def failing(self) -> list[Figure]:
+        """Judged figures that are outside their tolerance and the noise."""
+        return [figure for figure in self.figures if figure.passes is False]
+
+    @property
+    def coverage(self) -> float:
+        """Share of the fleet's measured figures inside their predicted 90 % intervals."""
+        return coverage(self.figures)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every judged figure passes and the intervals held enough of the measured ones."""
+        judged = [figure for figure in self.figures if figure.passes is not None]
+        return bool(judged) and not self.failing and self.coverage >= self.file.check.tolerances.coverage
+
+    def remarks(self) -> list[str]:
+        """What stands below the tables: verdict, coverage, the station furthest off, and the real runs' notes."""
+        judged = [figure for figure in self.figures if figure.passes is not None]
+        lines = [
+            f"{'PASS' if self.passed else 'FAIL'}: {len(judged) - len(self.failing)} of {len(judged)} judged figures "
+            f"within tolerance or noise; {self.coverage:.0%} of the fleet's measured figures inside their predicted "
+            f"90 % intervals (at least {self.file.check.tolerances.coverage:.0%} asked)"
+        ]
+        lines += [
+            f"  {figure.column} at load {figure.load:g}: {figure.error:+.1%}, limit {figure.limit:.1%} (noise "
+            f"{figure.noise_floor:.1%})"
+            for figure in self.failing
+        ]
+        if self.failing:
+            lines.append(self._blame(max(self.failing, key=lambda figure: abs(figure.error) / figure.limit).load))
+        lines += [f"predicted with {label}" for label in self.predicted.curve_labels]
+        measured = self.measured[0].measured if self.measured else None
+        if measured is not None:
+            engines = sorted({engine for fleet in measured.engines.values() for engine in fleet.values()})
+            lines.append(f"measured {len(self.measured)} times, {measured.started}, {', '.join(engines)}")
+        lines += [f"note of a real run: {note}" for note in dict.fromkeys(n for r in self.measured for n in r.notes)]
+        if self.interrupted:
+            lines.append("interrupted: loads or repeats are missing")
+        return lines
+
+    def _blame(self, load: float) -> str:
+        """Name the station whose time is furthest off at a load, of the expert where it is."""
+        rows = [row for row in self.stations if row.load == load and not isnan(row.simulated_s - row.measured_s)]
+        if not rows:
+            return "which station it is cannot be told: the engines did not say where requests spent their time"
+        worst = max(rows, key=lambda row: abs(row.simulated_s - row.measured_s))
+        return (
+            f"furthest apart at load {load:g}: {worst.station} of {worst.expert}, simulated "
+            f"{worst.simulated_s * 1e3:.1f} ms, measured {worst.measured_s * 1e3:.1f} ms a request"
+        )
+
+
+def check(file: FleetFile, fleet: str, *, logs: Path, step: Step) -> CheckOutcome:
+    """Simulate a fleet of a calibrated file, run it for real, and compare.
+
+    Ctrl-C ends the real runs early: what was measured is compared, with ``interrupted`` set.
+
+    Args:
+        file: its experts have profiles, or the roofline predicts.
+        fleet: one of its fleets.
+        logs: folder for the logs of the real processes.
+        step: shows progress.
+
+    Raises:
+        FleetFileError, TraceError, ValueError: the file cannot work, see ``simulate`` and ``run``.
+        EngineFailedError: an engine did not start.
+    """
+    spec = file.check
+    file = file.model_copy(
+        update={
+            "fleets": {fleet: file.fleets[fleet]},
+            "run": file.run.model_copy(update={"replications": 1}),
+        }
+    )
+    with step("simulating") as progress:
+        predicted = simulate(file, progress=progress)
+        bounds = [simulate(file, iteration_time_factors=factors) for factors in _ends(predicted, fleet)]
+        bounds += [simulate(file, seed=file.run.seed + draw) for draw in range(1, OTHER_DRAWS + 1)]
+    measured: list[Result] = []
+    interrupted = False
+    with step("starting the fleet"), serving(file, fleet, logs=logs) as running:
+        for repeat in range(spec.repeats):
+            with step(f"measuring, run {repeat + 1} of {spec.repeats}") as progress:
+                result = run(file, fleet=fleet, url=running.url, replica_urls=running.replica_urls, progress=progress)
+            if result.runs:
+                measured.append(result)
+            if result.interrupted:
+                interrupted = True
+                break
+        batches = _batches(predicted, measured, fleet, running) if measured else {}
+    figures = compare(predicted, bounds, measured, fleet, spec)
+    compared = {figure.load for figure in figures}
+    stations = [
+        row
+        for load in loads(file.workload)
+        if load in compared
+        for row in station_times(
+            next(record for record in predicted.runs if record.load == load),
+            [record for result in measured for record in result.runs if record.load == load],
+        )
+    ]
+    return CheckOutcome(
+        file=file,
+        fleet=fleet,
+        predicted=predicted,
+        measured=measured,
+        figures=figures,
+        stations=stations,
+        batches=batches,
+        interrupted=interrupted,
+    )
+
+
+def _ends(predicted: Result, fleet: str) -> list[dict[str, float]]:
+    """All experts' iteration times at either end of what their profiles' held-out errors leave open.
+
+    Beyond the fitted range the errors are the wider ones that the profile expects there.
+    """
+    errors: dict[str, float] = {}
+    for record in predicted.runs:
+        for replica in record.replicas:
+            if not isnan(replica.iteration_error):
+                name = predicted.fleets[fleet].experts[replica.expert_index].name
+                errors[name] = max(errors.get(name, 0.0), replica.iteration_error)
+    if not errors:
+        return []
+    return [{name: 1 / (1 + error) for name, error in errors.items()}, {name: 1 + e for name, e in errors.items()}]
+
+
+def _batches(
+    predicted: Result, measured: Sequence[Result], fleet: str, running: RunningFleet
+) -> dict[str, tuple[Sequence[float], Sequence[float]]]:
+    """Requests per iteration at the highest load, from the simulation and from the engines' logs."""
+    found: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
+    record = predicted.runs[-1]
+    windows = [
+        tuple(real.began_monotonic_s + edge_s for edge_s in real.window_s)
+        for result in measured
+        for real in result.runs
+        if real.load == record.load
+    ]
+    experts = {expert.name: index for index, expert in enumerate(predicted.fleets[fleet].experts)}
+    for server in running.servers:
+        plan = server.plan
+        traced = trace_replica(predicted, fleet, experts[plan.expert], plan.replica)
+        sizes = [
+            each.prefills + each.decodes for each in traced if record.window_s[0] < each.start_s <= record.window_s[1]
+        ]
+        lines = IterationLog(server.log).new_lines()
+        real = [
+            line.context_requests + line.generation_requests
+            for line in lines
+            if any(start <= line.ended_s <= end for start, end in windows)
+        ]
+        found[plan.name] = batch_shares(np.array(sizes)), batch_shares(np.array(real))
+    return found
+
+
+def as_json(outcome: CheckOutcome) -> str:
+    """Return the verdict and every figure as JSON for programs; null for what is not known."""
+
+    def known(value: float) -> float | None:
+        return None if isnan(value) else value
+
+    return json.dumps(
+        {
+            "file": outcome.file.name,
+            "fleet": outcome.fleet,
+            "passed": outcome.passed,
+            "coverage": known(outcome.coverage),
+            "interrupted": outcome.interrupted,
+            "figures": [
+                {
+                    "load": known(figure.load),
+                    "expert": figure.expert,
+                    "metric": figure.column,
+                    "predicted": known(figure.predicted),
+                    "predicted_interval": [known(figure.predicted_low), known(figure.predicted_high)],
+                    "measured": known(figure.measured),
+                    "measured_interval": [known(figure.measured_low), known(figure.measured_high)],
+                    "error": known(figure.error),
+                    "noise_floor": known(figure.noise_floor),
+                    "passes": figure.passes,
+                }
+                for figure in outcome.figures
+            ],
+        },
+        indent=1,
+    )

@@ -1,0 +1,121 @@
+"""``expert-router check``: calibrate what is not calibrated, simulate, run for real, compare."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+
+from sim.simulate_command import UserList
+
+if TYPE_CHECKING:
+    from sim.fleet_file import LoadedFleetFile
+
+
+@click.command("check", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--fleet", "fleet_name", help="Which fleet of the file; needed when it has several.")
+@click.option("--users", type=UserList(), help="Loads instead of the file's: 1,8,32.")
+@click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change a value of the file.")
+@click.option(
+    "--minutes",
+    type=click.FloatRange(min=0.1),
+    default=3.0,
+    show_default=True,
+    help="Of measuring each engine that has no profile.",
+)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("results/check"),
+    show_default=True,
+    help="Folder for calibration, logs, tables and the picture; a calibration already in it is used.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print verdict and figures as JSON instead of tables.")
+def command(
+    file: Path,
+    fleet_name: str | None,
+    users: list[int] | None,
+    overrides: tuple[str, ...],
+    minutes: float,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Predict the fleet of FILE, run it for real on this machine, and put both side by side.
+
+    The real users send the very requests that the simulated ones send. Exit status: 0 when every judged figure is
+    within the tolerances of the file's ``check`` part, 1 when one is not, 2 for a file or a machine that cannot work.
+    """
+    from calibrate.check.check import as_json as outcome_json
+    from calibrate.check.check import check
+    from calibrate.check.check_report import print_check, write_check
+    from calibrate.measure.engine_under_test import EngineGoneError
+    from real.experts.expert_server import EngineFailedError
+    from real.serving.fleet import only_fleet
+    from sim.fleet_file import FleetFileError, load_fleet
+    from sim.report import wide_console
+    from sim.run import with_changes
+    from sim.simulate_command import make_folder
+    from sim.traces import TraceError
+
+    messages = Console(stderr=True)
+    try:
+        make_folder(out)
+        fleet_file = load_fleet(file, overrides)
+        fleet = only_fleet(fleet_file) if fleet_name is None else fleet_name
+        calibrated = _calibrated(fleet_file, fleet, minutes, out / "calibration", messages)
+        changed = with_changes(calibrated, users=users, seed=None, replications=None)
+        outcome = check(changed, fleet, logs=out / "logs", step=lambda what: _step(messages, what))
+    except (FleetFileError, TraceError, EngineFailedError, EngineGoneError, ValueError, OSError) as error:
+        messages.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        messages.print(f"stopped before anything could be compared; a calibration is kept in {out}", highlight=False)
+        raise SystemExit(130) from None
+    if not outcome.figures:
+        messages.print("no load was measured to its end: nothing to compare", style="yellow")
+        raise SystemExit(130 if outcome.interrupted else 1)
+    if as_json:
+        click.echo(outcome_json(outcome))
+    else:
+        print_check(outcome, wide_console())
+    written = write_check(outcome, out)
+    messages.print(f"wrote {', '.join(path.name for path in written)} to {out}", highlight=False)
+    raise SystemExit(130 if outcome.interrupted else 0 if outcome.passed else 1)
+
+
+def _calibrated(
+    file: "LoadedFleetFile", fleet: str, minutes: float, folder: Path, messages: Console
+) -> "LoadedFleetFile":
+    """Return the file with a profile for each expert of the fleet, measured now or before where it names none."""
+    from calibrate.measure.fleet import measure_fleet
+    from sim.fleet_file import load_fleet
+
+    if fleet in file.fleets and all(expert.profile is not None for expert in file.fleets[fleet].experts.values()):
+        return file
+    path = measure_fleet(file, fleet, minutes=minutes, out=folder, messages=messages)
+    return load_fleet(path)
+
+
+@contextmanager
+def _step(console: Console, what: str) -> Iterator[Callable[[float], None] | None]:
+    """Show one step: a bar with the time left on a terminal, a line elsewhere."""
+    if not console.is_terminal:
+        console.print(what, highlight=False)
+        yield None
+        return
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = TextColumn(what), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=1.0)
+        yield lambda share: bar.update(task, completed=share)

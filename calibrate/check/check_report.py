@@ -1,0 +1,234 @@
+"""A check for people: tables on a terminal, a picture, and files with every figure."""
+
+import csv
+from collections.abc import Sequence
+from math import isnan
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from calibrate.check.comparison import Figure, coverage
+from calibrate.check.station_times import StationTime
+from sim.report import BOX, number_text
+from sim.spec import ALL_EXPERTS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Picture
+
+    from calibrate.check.check import CheckOutcome
+
+TABLE = (
+    ("output_throughput", "tokens/s"),
+    ("mean_ttft_ms", "TTFT mean"),
+    ("p99_ttft_ms", "TTFT p99"),
+    ("mean_tpot_ms", "TPOT mean"),
+    ("p99_tpot_ms", "TPOT p99"),
+    ("median_itl_ms", "ITL median"),
+    ("mean_e2el_ms", "E2E mean"),
+    ("p99_e2el_ms", "E2E p99"),
+)
+PANELS = (
+    ("output_throughput", "output tokens/s"),
+    ("mean_ttft_ms", "TTFT mean, ms"),
+    ("p99_ttft_ms", "TTFT p99, ms"),
+    ("mean_tpot_ms", "TPOT mean, ms"),
+    ("mean_e2el_ms", "E2E mean, ms"),
+    ("p99_e2el_ms", "E2E p99, ms"),
+)
+CSV_COLUMNS = (
+    *("load", "expert", "metric", "predicted", "predicted_low", "predicted_high"),
+    *("measured", "measured_low", "measured_high", "error_pct", "noise_floor_pct", "limit_pct", "passes", "covered"),
+)
+STATION_SHOWN_S = 0.0005  # a difference below half a millisecond says nothing
+
+
+def print_check(outcome: "CheckOutcome", console: Console) -> None:
+    """Print the comparison, the stations, the batches, and the verdict."""
+    console.print(_figure_table(outcome.figures))
+    console.print(_station_table(outcome.stations))
+    console.print(_batch_table(outcome))
+    for line in outcome.remarks():
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def write_check(outcome: "CheckOutcome", folder: Path) -> list[Path]:
+    """Write ``check.csv``, ``stations.csv``, ``check.png`` and ``check.md`` into a folder and return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / name for name in ("check.csv", "stations.csv", "check.png", "check.md")]
+    _write_csv(paths[0], CSV_COLUMNS, [_csv_row(figure) for figure in outcome.figures])
+    _write_csv(
+        paths[1],
+        ("load", "expert", "station", "simulated_s", "measured_s"),
+        [(row.load, row.expert, row.station, row.simulated_s, row.measured_s) for row in outcome.stations],
+    )
+    from sim.plots import save_picture
+
+    save_picture(check_picture(outcome.figures, outcome.title), paths[2], "png")
+    paths[3].write_text(check_markdown(outcome), encoding="utf-8")
+    return paths
+
+
+def check_markdown(outcome: "CheckOutcome") -> str:
+    """Return the comparison of the fleet as a Markdown page."""
+    fleet = [figure for figure in outcome.figures if figure.expert == ALL_EXPERTS]
+    heads = [head for _, head in TABLE]
+    remarks = [f"{'  ' * line.startswith('  ')}- {line.strip()}" for line in outcome.remarks()]
+    lines = [f"# {outcome.title}", "", *remarks, "", "![predicted and measured](check.png)", ""]
+    lines += ["Predicted / measured (error); bold: outside its tolerance and the noise.", ""]
+    lines += [f"| load | {' | '.join(heads)} |", f"| ---: |{' ---: |' * len(heads)}"]
+    for load in _loads(fleet):
+        at = {figure.column: figure for figure in fleet if figure.load == load}
+        lines.append(f"| {load:g} | {' | '.join(_markdown_cell(at[column]) for column, _ in TABLE)} |")
+    lines += ["", "Mean milliseconds of a request at each station, simulated / measured:", ""]
+    stations = list(dict.fromkeys(row.station for row in outcome.stations))
+    lines += [f"| load | expert | {' | '.join(stations)} |", f"| ---: | --- |{' ---: |' * len(stations)}"]
+    for load, expert in dict.fromkeys((row.load, row.expert) for row in outcome.stations):
+        cells = [
+            f"{number_text(row.simulated_s * 1e3)} / {number_text(row.measured_s * 1e3)}"
+            for row in outcome.stations
+            if (row.load, row.expert) == (load, expert)
+        ]
+        lines.append(f"| {load:g} | {expert} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def check_picture(figures: Sequence[Figure], title: str) -> "Picture":
+    """Return a panel a figure: the prediction with its interval, and the measured values with theirs."""
+    import matplotlib as mpl
+
+    from sim.plots import COLOURS, GREY, STYLE
+
+    fleet = [figure for figure in figures if figure.expert == ALL_EXPERTS]
+    with mpl.rc_context(STYLE):
+        from matplotlib.figure import Figure as Picture
+
+        picture = Picture(figsize=(12, 6.6), layout="constrained")
+        axes = picture.subplots(2, 3).ravel()
+        for ax, (column, heading) in zip(axes, PANELS, strict=True):
+            rows = sorted((figure for figure in fleet if figure.column == column), key=lambda figure: figure.load)
+            loads = np.array([row.load for row in rows])
+            ax.plot(loads, [row.predicted for row in rows], color=COLOURS[0], label="predicted, 90 % interval")
+            bounds = [row.predicted_low for row in rows], [row.predicted_high for row in rows]
+            ax.fill_between(loads, *bounds, color=COLOURS[0], alpha=0.2, linewidth=0)
+            measured = np.array([row.measured for row in rows])
+            spread = np.array([[row.measured - row.measured_low, row.measured_high - row.measured] for row in rows]).T
+            known = np.nan_to_num(np.maximum(spread, 0.0)) if len(rows) else None
+            ax.errorbar(
+                loads, measured, yerr=known, fmt="o", color=COLOURS[1], capsize=3, label="measured, 90 % bootstrap"
+            )
+            ax.set_title(heading, loc="left", color=GREY)
+            ax.set_xscale("log")
+            ax.set_ylim(bottom=0)
+            ax.set_xticks(loads, [f"{load:g}" for load in loads])
+            ax.xaxis.set_minor_locator(mpl.ticker.NullLocator())
+            ax.set_xlabel("users")
+        axes[0].legend(frameon=False, fontsize=8)
+        picture.suptitle(title, x=0.01, ha="left", fontweight="bold")
+    return picture
+
+
+def _loads(figures: Sequence[Figure]) -> list[float]:
+    return sorted({figure.load for figure in figures})
+
+
+def _figure_table(figures: Sequence[Figure]) -> Table:
+    table = Table(
+        title="predicted / measured, error; * outside tolerance and noise",
+        title_justify="left",
+        box=BOX,
+        title_style="bold",
+    )
+    table.add_column("load", justify="right")
+    table.add_column("expert")
+    for _, head in TABLE:
+        table.add_column(head, justify="right", no_wrap=True)
+    for load in _loads(figures):
+        for expert in dict.fromkeys(figure.expert for figure in figures):
+            at = {f.column: f for f in figures if f.load == load and f.expert == expert}
+            if at:
+                table.add_row(f"{load:g}", expert, *(_cell(at[column]) for column, _ in TABLE))
+        table.add_section()
+    return table
+
+
+def _cell(figure: Figure) -> str:
+    mark = "*" if figure.passes is False else ""
+    return f"{number_text(figure.predicted)} / {number_text(figure.measured)}\n{_percent(figure.error)}{mark}"
+
+
+def _markdown_cell(figure: Figure) -> str:
+    error = f"**{_percent(figure.error)}**" if figure.passes is False else _percent(figure.error)
+    return f"{number_text(figure.predicted)} / {number_text(figure.measured)} ({error})"
+
+
+def _percent(share: float) -> str:
+    return "-" if isnan(share) else f"{share:+.1%}"
+
+
+def _station_table(rows: Sequence[StationTime]) -> Table:
+    table = Table(
+        title="mean ms of a request at each station, simulated / measured; the largest difference in bold",
+        title_justify="left",
+        box=BOX,
+        title_style="bold",
+    )
+    stations = list(dict.fromkeys(row.station for row in rows))
+    table.add_column("load", justify="right")
+    table.add_column("expert")
+    for station in stations:
+        table.add_column(station, justify="right")
+    for load, expert in dict.fromkeys((row.load, row.expert) for row in rows):
+        at = [row for row in rows if (row.load, row.expert) == (load, expert)]
+        apart = [abs(row.simulated_s - row.measured_s) for row in at]
+        known = [value for value in apart if not isnan(value)]
+        worst = max(known, default=0.0)
+        cells = []
+        for row, value in zip(at, apart, strict=True):
+            text = f"{number_text(row.simulated_s * 1e3)} / {number_text(row.measured_s * 1e3)}"
+            cells.append(f"[bold]{text}[/bold]" if value == worst and worst > STATION_SHOWN_S else text)
+        table.add_row(f"{load:g}", expert, *cells)
+    return table
+
+
+def _batch_table(outcome: "CheckOutcome") -> Table:
+    table = Table(
+        title="requests per iteration at the highest load, share of iterations: simulated / measured",
+        title_justify="left",
+        box=BOX,
+        title_style="bold",
+    )
+    table.add_column("replica")
+    shares = np.array(list(outcome.batches.values())).reshape(-1, 2, len(outcome.batch_bins))
+    found = [int(place) for place in np.flatnonzero((np.nan_to_num(shares) > 0).any(axis=(0, 1)))]
+    for place in found:
+        table.add_column(outcome.batch_bins[place], justify="right")
+    for replica, (simulated, measured) in zip(outcome.batches, shares, strict=True):
+        table.add_row(replica, *(f"{simulated[place]:.0%} / {measured[place]:.0%}" for place in found))
+    return table
+
+
+def _csv_row(figure: Figure) -> tuple[Any, ...]:
+    return (
+        *(figure.load, figure.expert, figure.column, figure.predicted, figure.predicted_low, figure.predicted_high),
+        *(figure.measured, figure.measured_low, figure.measured_high, 100 * figure.error, 100 * figure.noise_floor),
+        *(100 * figure.limit if not isnan(figure.tolerance) else float("nan"), figure.passes, figure.covered),
+    )
+
+
+def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows([_text(value) for value in row] for row in rows)
+
+
+def _text(value: Any) -> Any:
+    if value is None or (isinstance(value, float) and isnan(value)):
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+__all__ = ["check_markdown", "check_picture", "coverage", "print_check", "write_check"]

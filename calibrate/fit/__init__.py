@@ -1,0 +1,1 @@
+"""From measurements to profiles: what each part of an iteration costs, and how well that is known."""

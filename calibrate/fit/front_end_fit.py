@@ -1,0 +1,174 @@
+"""What a request and its tokens cost in an engine's front end, as users meet it.
+
+The simulated front end works on requests one after another, and on streamed tokens in between. Its work on a request
+is what the entries of simultaneous requests into the engine show (``calibrate.measure.engine_entry``); its work on a
+token, how much later after an iteration's log line users have its tokens when it has more of them. Where front end
+and engine share cores that is more than CPU time, and it is what users wait. The work per prompt token, too little to
+be seen so, is CPU time of the API server process. What an idle request waits beyond all this and its iteration is the
+delay.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import isnan, nan
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+
+from calibrate.fit.iteration_fit import CONFIDENCE, TermFit
+from calibrate.measure.engine_entry import EntrySample, fit_entry
+from calibrate.measure.files import MeasuredPoint
+from calibrate.measure.iteration_records import admissions, lines_of, sent_of
+from sim.fleet import EngineSettings
+from sim.profile import FrontEndCosts, Parameter
+from sim.service_curve import IterationWork
+from sim.streams import stream
+
+FEWEST_POINTS = 4
+FEWEST_TOGETHER = 4
+"""Requests of a point from which on their entries tell of the work on one."""
+RESAMPLES = 30
+"""Refits to resampled points, for the intervals."""
+
+
+def fit_front_end(
+    points: Sequence[MeasuredPoint],
+    requests: pd.DataFrame,
+    iterations: pd.DataFrame,
+    settings: EngineSettings,
+    fitted: TermFit,
+) -> FrontEndCosts | None:
+    """Return the front end's costs; None when too little was measured."""
+    samples = [(label, sample) for label, sample in _samples(requests, iterations, settings)]
+    together = [sample for _, sample in samples if len(sample.sent) >= FEWEST_TOGETHER]
+    idle = [_IdleSample(sample, _engine_s(sample, iterations, fitted)) for label, sample in samples if _is_idle(label)]
+    if len(together) < FEWEST_POINTS or not idle:
+        return None
+    parts: tuple[Sequence[Any], ...] = together, [sample for _, sample in samples], idle, list(points)
+    found = _costs(*parts)
+    if found is None:
+        return None
+    refits = [found]
+    for number in range(RESAMPLES):
+        rng = stream(0, "front end", number)
+        drawn = _costs(*([part[index] for index in rng.integers(len(part), size=len(part))] for part in parts))
+        refits += [drawn] if drawn is not None else []
+    low, high = np.quantile(refits, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+    names = ("delay_s", "per_request_s", "per_prompt_token_s", "per_output_token_s")
+    values = {
+        name: Parameter(
+            value=_digits(value), low=min(_digits(lo), _digits(value)), high=max(_digits(hi), _digits(value))
+        )
+        for name, value, lo, hi in zip(names, found, low, high, strict=True)
+    }
+    return FrontEndCosts(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class _IdleSample:
+    """Requests one at a time, and how long the engine took for the first token of each; NaN where not known."""
+
+    sample: EntrySample
+    engine_s: list[float]
+
+
+def _is_idle(label: str) -> bool:
+    return label.startswith("idle")
+
+
+def _engine_s(sample: EntrySample, iterations: pd.DataFrame, fitted: TermFit) -> list[float]:
+    records = iterations[iterations["point"] == sample.sent[0].point]
+    works = records[[*IterationWork._fields]].to_numpy(dtype=np.float64)
+    ends_s = [line.ended_s for line in sample.lines]
+    taken_s = []
+    for request, number in zip(sample.sent, sample.admitted, strict=True):
+        last = bisect_right(ends_s, request.first_token_s) - 1
+        taken_s.append(nan if number is None else float(fitted.predict_s(works[number : max(last, number) + 1]).sum()))
+    return taken_s
+
+
+def _costs(
+    together: Sequence[EntrySample],
+    everything: Sequence[EntrySample],
+    idle: Sequence[_IdleSample],
+    points: Sequence[MeasuredPoint],
+) -> NDArray[np.float64] | None:
+    """Return delay, and the work on a request, a prompt token and an output token; None without idle requests."""
+    per_request_s = fit_entry(together).per_request_s
+    cpu_request_s, per_prompt_token_s = _cpu_s(points)
+    per_output_token_s = _token_work_s(everything)
+    waits_s = [
+        request.first_token_s
+        - request.sent_s
+        - engine_s
+        - (per_prompt_token_s * request.prompt_tokens + per_output_token_s)
+        for each in idle
+        for request, engine_s in zip(each.sample.sent, each.engine_s, strict=True)
+        if not isnan(engine_s)
+    ]
+    if not waits_s:
+        return None
+    wait_s = max(0.0, float(np.median(waits_s)))
+    # Where a busy engine takes the front end's core, work takes longer than it does for an idle request; never less
+    # than its CPU time.
+    per_request_s = max(cpu_request_s, min(per_request_s, wait_s))
+    return np.array([max(0.0, wait_s - per_request_s), per_request_s, per_prompt_token_s, per_output_token_s])
+
+
+def _samples(
+    requests: pd.DataFrame, iterations: pd.DataFrame, settings: EngineSettings
+) -> Iterator[tuple[str, EntrySample]]:
+    """Yield label and requests of each point that is understood."""
+    for label, rows in iterations.groupby("point", sort=False):
+        if not rows["matched"].all():
+            continue
+        lines = lines_of(rows)
+        sent = sorted(sent_of(requests[requests["point"] == label]), key=lambda request: request.sent_s)
+        if sent:
+            admitted = admissions(lines, sent, settings)
+            yield str(label), EntrySample(lines=lines, sent=sent, admitted=admitted, settings=settings)
+
+
+def _token_work_s(samples: Sequence[EntrySample]) -> float:
+    """Return the slope of token delays over the number of tokens that an iteration made."""
+    tokens: list[int] = []
+    delays_s: list[float] = []
+    for sample in samples:
+        ends_s = [line.ended_s for line in sample.lines]
+        for request in sample.sent:
+            for received_s in (request.first_token_s, request.last_token_s):
+                number = bisect_right(ends_s, received_s) - 1
+                if number >= 0:
+                    line = sample.lines[number]
+                    tokens.append(line.context_requests + line.generation_requests)
+                    delays_s.append(received_s - ends_s[number])
+    if not tokens:
+        return 0.0
+    frame = pd.DataFrame({"tokens": tokens, "delay_s": delays_s}).groupby("tokens")["delay_s"].agg(["median", "size"])
+    counts = frame.index.to_numpy(dtype=np.float64)
+    weight: NDArray[np.float64] = np.sqrt(frame["size"].to_numpy(dtype=np.float64)) / (counts + 4)
+    rows = np.column_stack([np.ones(len(counts)), counts]) * weight[:, None]
+    values, _ = nnls(rows, frame["median"].to_numpy() * weight)
+    return float(values[1])
+
+
+def _cpu_s(points: Sequence[MeasuredPoint]) -> tuple[float, float]:
+    """Return CPU seconds of the API server a request and a prompt token; 0 where they were not measured."""
+    told = [point for point in points if point.front_end_cpu_s is not None]
+    if len(told) < FEWEST_POINTS:
+        return 0.0, 0.0
+    counts = np.array([[p.requests, p.prompt_tokens, p.output_tokens, p.iterations] for p in told], dtype=np.float64)
+    spent_s = np.array([p.front_end_cpu_s for p in told], dtype=np.float64)
+    weight = 1 / np.maximum(spent_s, 1e-3)  # relative, or the largest points would decide alone
+    rows = counts * weight[:, None]
+    scale = np.maximum(np.abs(rows).max(axis=0), 1e-12)
+    costs = nnls(rows / scale, spent_s * weight)[0] / scale
+    return float(costs[0]), float(costs[1])
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.4g}")

@@ -1,0 +1,1 @@
+"""Measuring real engines, and the router, within a time budget."""

@@ -1,0 +1,311 @@
+"""Measuring one real engine: point after point within a budget, every point written before the next begins."""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from calibrate.fit.iteration_fit import TermFit, TooFewRecordsError, fit_terms, observations
+from calibrate.measure.client import PointClient, RequestFailedError
+from calibrate.measure.engine_under_test import EngineGoneError, EngineUnderTest, Start
+from calibrate.measure.files import MeasuredPoint, MeasurementError, MeasurementFolder, Meta
+from calibrate.measure.grid import (
+    REFERENCE,
+    Candidate,
+    Choice,
+    Lengths,
+    Point,
+    candidate,
+    candidates,
+    closed_points,
+    first_design,
+    rough_fit,
+    target_works,
+)
+from calibrate.measure.iteration_records import reconstruct, sent_frame
+from calibrate.measure.machine import clock_mhz, device_name, temperature_c
+from calibrate.measure.measured_profile import graph_sizes
+from real.experts.iteration_log import IterationLog
+from sim.catalogue import find_gpu, find_model, find_quantization
+from sim.profile import ExpertIdentity
+from sim.run import program_version
+from sim.spec import ExpertSpec
+
+REFERENCE_EVERY_S = 40.0
+NOISY = 0.02
+"""Standard error of a point's mean decode iteration, as a share of it, above which the point is measured again."""
+MOST_TIMES = 3
+CHECK_SHARE = 0.15
+"""Of the budget, for closed-loop users kept aside as a check."""
+MOST_RESTARTS = 2
+WARM_UP = Point(kind="steps", requests=8, prompt_tokens=16, output_tokens=8)
+
+Progress = Callable[[float, str], None]
+"""Told the seconds measured so far and what is measured now."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a measurement ended.
+
+    Attributes:
+        complete: the budget was used.
+        reason: why it was not; empty otherwise.
+    """
+
+    measured: MeasurementFolder
+    complete: bool
+    reason: str = ""
+
+
+def measure_expert(
+    name: str,
+    spec: ExpertSpec,
+    *,
+    folder: Path,
+    lengths: Lengths,
+    minutes: float,
+    start: Start,
+    cores: Sequence[int] = (),
+    port: int = 8100,
+    command: Sequence[str] = (),
+    progress: Progress = lambda _seconds, _what: None,
+    afterwards: Callable[[EngineUnderTest], None] | None = None,
+) -> Outcome:
+    """Measure an expert for so many minutes in all, those already in the folder included.
+
+    A lost engine is started again, at most MOST_RESTARTS times; the point it was lost at is measured again. When all is
+    measured, ``afterwards`` is called with the engine before it is stopped; it is not called when nothing was left to
+    measure.
+
+    Raises:
+        EngineGoneError: it did not come up, and nothing has been measured before.
+        MeasurementError: the folder is another measurement's, or cannot be read or written.
+    """
+    measured = MeasurementFolder(folder)
+    budget_s = 60 * minutes
+    if measured.meta is not None and measured.meta.complete_minutes >= minutes:
+        return Outcome(measured=measured, complete=True)
+    for attempt in range(MOST_RESTARTS + 1):
+        progress(_seconds(measured), f"{name}: starting the engine")
+        try:
+            engine = start(name, spec, tuple(cores), port, folder)
+        except EngineGoneError as error:
+            if measured.meta is None or not measured.meta.points:
+                raise
+            return Outcome(measured=measured, complete=False, reason=str(error))
+        try:
+            measured.begin(_meta(spec, engine, lengths, command))
+            session = _Session(name, spec, engine, measured, lengths, budget_s, progress)
+            asyncio.run(session.run())
+            measured.note_complete(minutes)
+            if afterwards is not None:
+                afterwards(engine)
+            return Outcome(measured=measured, complete=True)
+        except (RequestFailedError, EngineGoneError) as error:
+            reason = str(error)
+            if attempt < MOST_RESTARTS:
+                measured.note_restart()
+        finally:
+            engine.stop()
+    return Outcome(measured=measured, complete=False, reason=f"{name}: {reason}; lost {MOST_RESTARTS + 1} times")
+
+
+def _seconds(measured: MeasurementFolder) -> float:
+    return 0.0 if measured.meta is None else measured.meta.measured_s
+
+
+def _meta(spec: ExpertSpec, engine: EngineUnderTest, lengths: Lengths, command: Sequence[str]) -> Meta:
+    facts = engine.facts
+    gpu = find_gpu(spec.gpu)
+    return Meta(
+        expert=ExpertIdentity(
+            model=find_model(spec.model).name,
+            quantization=find_quantization(spec.quantization).name,
+            gpu=gpu.name,
+            tensor_parallel_size=spec.tensor_parallel_size,
+            engine=facts.engine,
+            engine_version=facts.version,
+        ),
+        settings=asdict(facts.settings),
+        num_gpu_blocks=facts.num_gpu_blocks,
+        device=device_name(gpu=gpu.kind != "cpu"),
+        cores=list(facts.cores),
+        command=list(command),
+        engine_command=list(facts.command),
+        program_version=program_version(),
+        date=datetime.now(UTC).strftime("%Y-%m-%d"),
+        lengths={"prompts": lengths.prompts.tolist(), "outputs": lengths.outputs.tolist()},
+    )
+
+
+class _Session:
+    """One engine's share of a measurement."""
+
+    def __init__(
+        self,
+        name: str,
+        spec: ExpertSpec,
+        engine: EngineUnderTest,
+        measured: MeasurementFolder,
+        lengths: Lengths,
+        budget_s: float,
+        progress: Progress,
+    ):
+        self._name = name
+        self._spec = spec
+        self._engine = engine
+        self._measured = measured
+        self._lengths = lengths
+        self._budget_s = budget_s
+        self._progress = progress
+        self._log = IterationLog(engine.log)
+        self._settings = engine.facts.settings
+        meta = measured.meta
+        assert meta is not None
+        self._graph_sizes = graph_sizes(meta)
+        self._on_gpu = find_gpu(spec.gpu).kind != "cpu"
+
+    async def run(self) -> None:
+        """Measure until the budget is used."""
+        self._log.new_lines()  # those of an earlier start
+        vocab_size = find_model(self._spec.model).vocab_size
+        seed = len(self._points()) + 1000 * (self._measured.meta.restarts if self._measured.meta else 0)
+        client = PointClient(self._engine.url, self._engine.served_model, vocab_size, self._lengths, seed)
+        try:
+            await client.measure(WARM_UP, "warm-up")
+            self._log.new_lines()
+            await self._measure_all(client)
+        finally:
+            client.close()
+
+    def _points(self) -> tuple[MeasuredPoint, ...]:
+        meta = self._measured.meta
+        assert meta is not None
+        return meta.points
+
+    async def _measure_all(self, client: PointClient) -> None:
+        known = candidates(self._settings, self._lengths)
+        grid_s = self._budget_s * (1 - CHECK_SHARE)
+        while (spent_s := _seconds(self._measured)) < grid_s:
+            times = Counter(point.label.partition("#")[0] for point in self._points())
+            since = [point.started_s for point in self._points() if point.reference]
+            if not since or spent_s - since[-1] > REFERENCE_EVERY_S:
+                await self._measure(client, REFERENCE, reference=True)
+                continue
+            missing = [point for point in first_design(self._settings, self._lengths) if not times[point.name]]
+            if missing:
+                await self._measure(client, missing[0])
+                continue
+            noisy = self._noisy(times, known)
+            if noisy is not None:
+                await self._measure(client, noisy)
+                continue
+            chosen = self._choose(known, grid_s - spent_s)
+            if chosen is None:
+                break
+            await self._measure(client, chosen.point)
+        await self._check(client)
+
+    async def _check(self, client: PointClient) -> None:
+        """Closed-loop users, as many requests as the time left allows."""
+        done = sum(point.label.startswith("closed") for point in self._points())
+        points = closed_points(self._settings, self._lengths)[done:]
+        fit, _ = self._fit()
+        for number, point in enumerate(points):
+            left_s = (self._budget_s - _seconds(self._measured)) / (len(points) - number)
+            context = self._lengths.mean_context
+            outputs, prompts = float(self._lengths.outputs.mean()), float(self._lengths.prompts.mean())
+            decode = np.array([[0, 0, 0, 0, point.users, point.users * context]], dtype=np.float64)
+            prefill = np.array([[prompts, 1, prompts**2 / 2, prompts, 0, 0]], dtype=np.float64)
+            request_s = float(fit.predict_s(decode)[0] * outputs / point.users + fit.predict_s(prefill)[0])
+            users = int(max(1, min(point.users, left_s / request_s)))
+            requests = int(max(users, min(8 * users, left_s / request_s)))
+            await self._measure(client, Point(kind="closed", requests=requests, users=users))
+
+    async def _measure(self, client: PointClient, point: Point, *, reference: bool = False) -> None:
+        points = self._points()
+        name = "reference" if reference else point.name
+        label = f"{name}#{sum(each.label.partition('#')[0] == name for each in points) + 1}"
+        started_s = _seconds(self._measured)
+        self._progress(started_s, f"{self._name}: {name}")
+        begin_s, cpu_before_s = time.monotonic(), self._engine.front_end_cpu_s()
+        try:
+            sent = await client.measure(point, label)
+        except RequestFailedError as error:
+            if not self._engine.is_running():
+                raise EngineGoneError(f"the engine ended during {name!r} ({error}); log: {self._engine.log}") from error
+            raise
+        cpu_after_s = self._engine.front_end_cpu_s()
+        records = reconstruct(self._log.new_lines(), sent, self._settings, label)
+        cpu_s = None if cpu_before_s is None or cpu_after_s is None else cpu_after_s - cpu_before_s
+        self._measured.add(
+            MeasuredPoint(
+                label=label,
+                started_s=started_s,
+                took_s=time.monotonic() - begin_s,
+                reference=reference,
+                requests=len(sent),
+                prompt_tokens=sum(request.prompt_tokens for request in sent),
+                output_tokens=sum(request.output_tokens for request in sent),
+                iterations=len(records),
+                matched=float(records["matched"].mean()) if len(records) else 0.0,
+                front_end_cpu_s=cpu_s,
+                clock_mhz=clock_mhz(gpu=self._on_gpu),
+                temperature_c=temperature_c(gpu=self._on_gpu),
+            ),
+            records,
+            sent_frame(sent),
+        )
+        if not len(records):
+            raise MeasurementError(
+                f"{self._engine.log} has no iterations: the engine must run with --enable-logging-iteration-details "
+                "and the logging configuration of real.experts.iteration_log"
+            )
+
+    def _fit(self) -> tuple[TermFit, float]:
+        """The fit so far and the jitter of log lines, or rough ones."""
+        rows = self._measured.iterations
+        try:
+            seen = observations(rows[~rows["point"].str.startswith("closed")].reset_index(drop=True))
+        except TooFewRecordsError:
+            return rough_fit(), 3e-3
+        return fit_terms(seen, graph_sizes=self._graph_sizes), seen.jitter_s
+
+    def _choose(self, known: list[Candidate], seconds_left: float) -> Candidate | None:
+        fit, jitter_s = self._fit()
+        choice = Choice(fit, target_works(self._settings, self._lengths), jitter_s)
+        by_name = {each.point.name: each for each in known}
+        by_name |= {p.name: candidate(p, self._settings) for p in first_design(self._settings, self._lengths)}
+        for point in self._points():
+            told = by_name.get(point.label.partition("#")[0])
+            if told is not None:
+                choice.learn(told)
+        return choice.best(known, seconds_left)
+
+    def _noisy(self, times: Counter[str], known: list[Candidate]) -> Point | None:
+        """The point measured last, if its mean is not yet known well enough."""
+        last = self._points()[-1].label.partition("#")[0]
+        if times[last] >= MOST_TIMES or last == "reference":
+            return None
+        rows = self._measured.iterations
+        mine = rows[rows["point"].str.startswith(f"{last}#") & rows["matched"] & (rows["prefill_chunks"] == 0)]
+        if standard_error(mine) <= NOISY:
+            return None
+        among = [
+            *first_design(self._settings, self._lengths),
+            *(c.point for c in candidates(self._settings, self._lengths)),
+        ]
+        return next((point for point in among if point.name == last and point.kind == "steps"), None)
+
+
+def standard_error(decodes: pd.DataFrame) -> float:
+    """Return the standard error of the mean cycle of like iterations, as a share of it; 0 with fewer than two."""
+    largest = decodes[decodes["decodes"] == decodes["decodes"].max()]["cycle_s"].dropna()
+    return float(largest.std(ddof=1) / len(largest) ** 0.5 / largest.mean()) if len(largest) > 1 else 0.0

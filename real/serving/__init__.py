@@ -1,0 +1,1 @@
+"""A fleet's processes: started, kept running, and stopped without leaving any behind."""

@@ -1,0 +1,311 @@
+"""A fleet file's fleet, running for real on this machine: vLLM servers, and the gateway in front of them.
+
+``with serving(file, "main", logs="logs") as fleet: print(fleet.url)``
+"""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from real.experts.checkpoints import Checkpoint, find_checkpoint
+from real.experts.cores import memory_warning, place_replicas, runs_on_cpu, usable_cores
+from real.experts.expert_server import (
+    LOOPBACK,
+    START_LIMIT_S,
+    EngineFailedError,
+    ExpertServer,
+    ReplicaAddress,
+    ReplicaPlan,
+    plan_replica,
+    port_is_free,
+)
+from real.gateway.config import GatewayConfig, gateway_config
+from real.router.classifier import load_classifier
+from real.serving.gateway_process import GatewayProcess
+from real.serving.guarded_process import LifeLine
+from real.serving.supervisor import Supervisor, Tell
+from sim.feasibility import check_feasible
+from sim.fleet_file import FleetFileError
+from sim.mistakes import did_you_mean
+from sim.resolve import routes_by_class
+from sim.spec import FleetFile
+
+STATE_FILE = "fleet.json"
+"""In the folder of logs: where a running fleet listens, and its processes; rewritten whenever one comes or goes."""
+
+DEFAULT_LOGS = Path("logs")
+
+
+class RunningFleet:
+    """A fleet that is being served.
+
+    Attributes:
+        file: the fleet file.
+        name: of the fleet in it.
+        url: where users send to: the gateway, or the one expert of a fleet without a router.
+        logs: folder of the log files and the state file.
+        servers: the replicas, in the file's order.
+        checkpoints: of each expert.
+        warnings: what the user ought to know, one line each.
+    """
+
+    def __init__(
+        self,
+        file: FleetFile,
+        name: str,
+        *,
+        logs: Path,
+        tell: Tell | None = None,
+        log_iterations: bool = True,
+        gateway: bool = True,
+    ) -> None:
+        """Plan everything and start nothing.
+
+        Args:
+            file: from ``load_fleet``.
+            name: of one of its fleets.
+            logs: folder to write into.
+            tell: told in one line what happens.
+            log_iterations: engines log every iteration.
+            gateway: False leaves it out; the experts are then talked to directly.
+
+        Raises:
+            FleetFileError: the file cannot work, here or at all.
+        """
+        check_feasible(file)
+        if name not in file.fleets:
+            raise FleetFileError([f"no fleet {name!r} in the file{did_you_mean(name, file.fleets)}"])
+        self.file, self.name, self.logs = file, name, logs.resolve()
+        self._tell = tell or (lambda line: None)
+        spec = file.fleets[name]
+        has_gateway = spec.router is not None and gateway
+        try:
+            if has_gateway and routes_by_class(spec) and len(file.workload.classes) > 1:
+                # What the gateway would only find wrong once the engines have started.
+                load_classifier(file.serve.classifier, list(file.workload.classes))
+            self.plans, self.checkpoints, self.warnings = _plan(file, name, log_iterations)
+            self._config = gateway_config(file, name, self.replica_urls) if has_gateway else None
+        except ValidationError as error:
+            raise FleetFileError([found["msg"] for found in error.errors(include_url=False)]) from None
+        except ValueError as error:
+            raise FleetFileError([str(error)]) from None
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self._life = LifeLine()
+        self.servers = [ExpertServer(plan, logs=self.logs, life=self._life) for plan in self.plans]
+        self._gateway: GatewayProcess | None = None
+        if self._config is not None:
+            url = f"http://{reachable(file.serve.host)}:{file.serve.port}"
+            self._gateway = GatewayProcess(
+                self._gateway_command(self._config), url=url, logs=self.logs, life=self._life
+            )
+        self.url = self.servers[0].url if self._gateway is None else self._gateway.url
+        on_cpu = any(runs_on_cpu(expert) for expert in spec.experts.values())
+        self.supervisor = Supervisor(
+            self.servers,
+            self._gateway,
+            tell=tell,
+            changed=self._write_state,
+            starts_at_a_time=max(1, len(usable_cores())) if on_cpu else len(self.servers),
+            drain_s=file.serve.drain_s,
+        )
+
+    @property
+    def replicas(self) -> list[ReplicaAddress]:
+        """Where each replica listens."""
+        return [plan.address for plan in self.plans]
+
+    @property
+    def replica_urls(self) -> dict[str, list[str]]:
+        """The same by expert."""
+        urls: dict[str, list[str]] = {}
+        for address in self.replicas:
+            urls.setdefault(address.expert, []).append(address.url)
+        return urls
+
+    def start(self, limit_s: float = START_LIMIT_S) -> None:
+        """Start everything, wait until it serves, and keep it so.
+
+        Raises:
+            EngineFailedError: something could not be started; nothing is left running then.
+        """
+        for place, port in self._ports():
+            if not port_is_free(port):
+                raise EngineFailedError(f"port {port} is in use; set {place} to another, or end what uses it")
+        if self._gateway is not None:
+            self._check_gateway()
+        self.supervisor.start(limit_s)
+        for server in self.servers:
+            for line in server.differences():
+                self._tell(line)
+
+    def stop(self, *, drain_s: float | None = None) -> None:
+        """Stop everything: the gateway drains first. May be called again."""
+        self.supervisor.stop(drain_s=drain_s)
+        self._life.close()
+        (self.logs / STATE_FILE).unlink(missing_ok=True)
+
+    def kill(self) -> None:
+        """End everything at once."""
+        self._life.close()
+
+    def _check_gateway(self) -> None:
+        """Find now what the gateway would find wrong when the engines have been started for it."""
+        try:
+            from real.gateway.bind import check_bind
+
+            check_bind(gateway_config(self.file, self.name, self.replica_urls))
+        except ModuleNotFoundError as error:
+            raise EngineFailedError(f"the gateway needs {error.name}: pip install 'expert-router[serve]'") from None
+        except (ValueError, OSError) as error:
+            raise EngineFailedError(f"gateway: {error}") from None
+
+    def _ports(self) -> list[tuple[str, int]]:
+        serve = self.file.serve
+        ports = [("serve.expert_port", plan.port) for plan in self.plans]
+        if self._gateway is not None:
+            ports += [("serve.port", serve.port), ("serve.metrics_port", serve.metrics_port)]
+        return ports
+
+    def _gateway_command(self, config: GatewayConfig) -> list[str]:
+        """Write the gateway's configuration and return its command line."""
+        path = self.logs / "gateway.json"
+        path.write_text(config.model_dump_json(indent=2))
+        return [sys.executable, "-m", "real.gateway", str(path)]
+
+    def _write_state(self) -> None:
+        serve = self.file.serve
+        state: dict[str, Any] = {
+            "format": 1,
+            "file": self.file.name,
+            "fleet": self.name,
+            "url": self.url,
+            "metrics_url": None if self._gateway is None else f"http://{LOOPBACK}:{serve.metrics_port}/metrics",
+            "supervisor_pid": os.getpid(),
+            "gateway": None,
+            "replicas": [],
+            "written_unix_s": round(time.time(), 3),
+        }
+        for each in self.supervisor.watched:
+            service = each.service
+            entry = {
+                "state": each.state,
+                "pid": service.pid,
+                "restarts": each.restarts,
+                "reason": each.reason,
+                "log": str(service.log),
+            }
+            if isinstance(service, ExpertServer):
+                plan = service.plan
+                entry = {"expert": plan.expert, "replica": plan.replica, "url": service.url, **entry}
+                state["replicas"].append(entry)
+            else:
+                state["gateway"] = {"url": self.url, **entry}
+        try:
+            _write_atomically(self.logs / STATE_FILE, json.dumps(state, indent=2) + "\n")
+        except OSError as error:  # what it tells of goes on without it
+            self._tell(f"{self.logs / STATE_FILE} cannot be written: {error.strerror}")
+
+
+@contextmanager
+def serving(
+    file: FleetFile,
+    fleet_name: str | None = None,
+    *,
+    logs: str | Path = DEFAULT_LOGS,
+    tell: Tell | None = None,
+    log_iterations: bool = True,
+    gateway: bool = True,
+    limit_s: float = START_LIMIT_S,
+) -> Iterator[RunningFleet]:
+    """Serve a fleet while the block runs; whatever ends the block, or this process, ends the fleet.
+
+    Args:
+        file: from ``load_fleet``.
+        fleet_name: None: the file's only one.
+        logs: folder for the log of each process and the state file.
+        tell: told in one line what happens.
+        log_iterations: engines log every iteration, as calibration needs it.
+        gateway: False leaves it out.
+        limit_s: how long an engine may take to start.
+
+    Raises:
+        FleetFileError: the file cannot work, here or at all.
+        EngineFailedError: something could not be started.
+    """
+    name = only_fleet(file) if fleet_name is None else fleet_name
+    fleet = RunningFleet(file, name, logs=Path(logs), tell=tell, log_iterations=log_iterations, gateway=gateway)
+    try:
+        fleet.start(limit_s)
+        yield fleet
+    finally:
+        fleet.stop()
+
+
+def reachable(host: str) -> str:
+    """Return how a URL of this machine names what listens on a host."""
+    host = {"0.0.0.0": LOOPBACK, "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
+
+
+def only_fleet(file: FleetFile) -> str:
+    """Return the name of a file's only fleet.
+
+    Raises:
+        FleetFileError: it has several.
+    """
+    if len(file.fleets) > 1:
+        raise FleetFileError([f"the file has several fleets, name one with --fleet: {', '.join(file.fleets)}"])
+    return next(iter(file.fleets))
+
+
+def read_state(logs: str | Path) -> dict[str, Any] | None:
+    """Return the state of the fleet that writes its logs there; None when none is running."""
+    try:
+        state = json.loads((Path(logs) / STATE_FILE).read_text(encoding="utf-8"))
+        os.kill(state["supervisor_pid"], 0)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return state if isinstance(state, dict) else None
+
+
+def _plan(
+    file: FleetFile, name: str, log_iterations: bool
+) -> tuple[list[ReplicaPlan], dict[str, Checkpoint], list[str]]:
+    experts = file.fleets[name].experts
+    placements, warnings = place_replicas(experts)
+    short = memory_warning(experts)
+    if short is not None:
+        warnings.append(short)
+    checkpoints: dict[str, Checkpoint] = {}
+    plans: list[ReplicaPlan] = []
+    for expert_name, expert in experts.items():
+        checkpoint = find_checkpoint(expert_name, expert)
+        checkpoints[expert_name] = checkpoint
+        warnings += checkpoint.warnings
+        for replica, placement in enumerate(placements[expert_name]):
+            plans.append(
+                plan_replica(
+                    expert_name,
+                    replica,
+                    expert,
+                    checkpoint=checkpoint,
+                    placement=placement,
+                    port=file.serve.expert_port + len(plans),
+                    log_iterations=log_iterations,
+                )
+            )
+    return plans, checkpoints, warnings
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as fresh:
+        fresh.write(text)
+    Path(fresh.name).replace(path)

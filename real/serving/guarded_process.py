@@ -1,0 +1,152 @@
+"""A long-running child process with its own group, log file and guard, so that nothing of it is ever left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+_LOG_TAIL_BYTES = 2**21
+
+
+class LifeLine:
+    """A pipe whose one end this process alone holds: when it ends, however it ends, the guards at the other end see it.
+
+    Closing it kills every process guarded by it at once.
+    """
+
+    def __init__(self) -> None:
+        self.read_fd, self._write_fd = os.pipe()  # neither is inherited unless passed on by name
+        self._open = True
+
+    def close(self) -> None:
+        """Let go; may be called again."""
+        if self._open:
+            self._open = False
+            os.close(self._write_fd)
+            os.close(self.read_fd)
+
+
+class GuardedProcess:
+    """One command under guard, with its output in a log file.
+
+    Attributes:
+        command: as started.
+        log: the file that output is appended to.
+        log_start: bytes in the log before the latest start.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        log: Path,
+        life: LifeLine,
+        environment: Mapping[str, str] | None = None,
+        cores: Sequence[int] = (),
+    ) -> None:
+        """Nothing is started yet.
+
+        Args:
+            command: the program and its arguments.
+            log: appended to; its folder is made.
+            life: the command ends with it.
+            environment: None: this process's.
+            cores: the command is confined to these; empty: to none.
+        """
+        self.command = list(command)
+        self.log = log
+        self.log_start = 0
+        self._life = life
+        self._environment = None if environment is None else dict(environment)
+        self._cores = cores
+        self._process: subprocess.Popen[bytes] | None = None
+        self._swept = True
+
+    def start(self) -> None:
+        """Start the command; it must not be running."""
+        assert not self.is_running
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        guard = [sys.executable, "-m", "real.serving.guard", "--life", str(self._life.read_fd)]
+        if self._cores:
+            guard += ["--cores", ",".join(map(str, self._cores))]
+        with self.log.open("ab") as log:
+            self.log_start = log.tell()
+            self._swept = False
+            self._process = subprocess.Popen(
+                [*guard, "--", *self.command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._environment,
+                pass_fds=[self._life.read_fd],
+                start_new_session=True,
+            )
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it has been started and has not ended."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def exit_status(self) -> int | None:
+        """The command's, 128 + N after signal N; None while it runs."""
+        if self._process is None:
+            return None
+        status = self._process.poll()
+        if status is not None:
+            self._sweep()
+        return 128 - status if status is not None and status < 0 else status
+
+    @property
+    def pid(self) -> int | None:
+        """The guard's process and group id; None before the first start."""
+        return None if self._process is None else self._process.pid
+
+    def terminate(self) -> None:
+        """Ask the command to end (SIGTERM); ``stop`` waits as well."""
+        if self._process is not None and self.is_running:
+            self._process.terminate()
+
+    def stop(self, grace_s: float) -> None:
+        """End the command: asked first, killed with all it started when it takes longer than ``grace_s``."""
+        if self._process is None:
+            return
+        self.terminate()
+        try:
+            self._process.wait(grace_s)
+        except subprocess.TimeoutExpired:
+            self._process.terminate()  # told twice, the guard kills
+            try:
+                self._process.wait(10.0)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._sweep()
+
+    def log_text(self) -> str:
+        """What the command has written since its latest start; of a long log the end."""
+        try:
+            with self.log.open("rb") as log:
+                log.seek(max(self.log_start, self.log.stat().st_size - _LOG_TAIL_BYTES))
+                return log.read().decode(errors="replace")
+        except FileNotFoundError:
+            return ""
+
+    def _sweep(self) -> None:
+        """Kill what is left of the group of a guard that has ended: none, unless the guard itself was killed."""
+        assert self._process is not None
+        if self._swept:
+            return
+        self._swept = True  # once: the number may by and by become somebody else's
+        with suppress(ProcessLookupError, PermissionError):  # macOS refuses for zombies
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def child_environment(changes: Mapping[str, str]) -> dict[str, str]:
+    """Return this process's environment with changes, such that children import the same ``real`` package."""
+    root = str(Path(__file__).parents[2])
+    search = [root, *(part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part and part != root)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(search), **changes}
