@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import isnan
 from pathlib import Path
 
@@ -11,13 +11,16 @@ import numpy as np
 
 from calibrate.check.batch_sizes import BATCH_BINS, batch_shares, bin_labels
 from calibrate.check.comparison import Figure, compare, coverage
+from calibrate.check.pace import Pace, factors, paces
 from calibrate.check.station_times import StationTime, station_times
-from real.experts.iteration_log import IterationLog
-from real.serving.fleet import RunningFleet, serving
+from calibrate.check.taken_for import taken_for
+from real.experts.iteration_log import IterationLine, IterationLog
+from real.serving.fleet import serving
 from real.users.run import run
+from sim.request import Request
 from sim.result import Result
 from sim.run import loads, simulate, trace_replica
-from sim.spec import FleetFile
+from sim.spec import ClosedLoop, FleetFile, OpenLoop, Trace
 
 OTHER_DRAWS = 4
 """Further seeds simulated for the interval of one run: what the draw of requests alone changes."""
@@ -39,6 +42,7 @@ class CheckOutcome:
         stations: where requests spent their time, by load and expert.
         batches: replica -> shares of iterations by requests in them (``batch_bins``), simulated and measured, at the
             highest load.
+        paces: how fast the engines' iterations were beside their curves.
         interrupted: whether real runs are missing because the user stopped.
     """
 
@@ -49,6 +53,7 @@ class CheckOutcome:
     figures: Sequence[Figure]
     stations: Sequence[StationTime]
     batches: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    paces: Sequence[Pace] = ()
     batch_bins: Sequence[str] = field(default_factory=lambda: bin_labels(BATCH_BINS))
     interrupted: bool = False
 
@@ -134,9 +139,14 @@ def check(file: FleetFile, fleet: str, *, logs: Path, step: Step) -> CheckOutcom
         }
     )
     with step("simulating") as progress:
-        predicted = simulate(file, progress=progress)
-        bounds = [simulate(file, iteration_time_factors=factors) for factors in _ends(predicted, fleet)]
+        classified = taken_for(file, fleet)
+        predicted = simulate(file, taken_for=classified, workers=1, progress=progress)
+        bounds = [
+            simulate(file, iteration_time_factors=factors, taken_for=classified, workers=1)
+            for factors in _ends(predicted, fleet)
+        ]
         bounds += [simulate(file, seed=file.run.seed + draw) for draw in range(1, OTHER_DRAWS + 1)]
+    experts = {expert.name: index for index, expert in enumerate(predicted.fleets[fleet].experts)}
     measured: list[Result] = []
     interrupted = False
     with step("starting the fleet"), serving(file, fleet, logs=logs) as running:
@@ -148,8 +158,17 @@ def check(file: FleetFile, fleet: str, *, logs: Path, step: Step) -> CheckOutcom
             if result.interrupted:
                 interrupted = True
                 break
-        batches = _batches(predicted, measured, fleet, running) if measured else {}
-    figures = compare(predicted, bounds, measured, fleet, spec)
+        lines = {
+            (experts[server.plan.expert], server.plan.replica): IterationLog(server.log).new_lines()
+            for server in running.servers
+        }
+    found = paces(predicted.fleets[fleet].experts, [run for result in measured for run in result.runs], lines)
+    at_pace = [
+        simulate(_at_load(file, load), iteration_time_factors=factors(found, load), taken_for=classified, workers=1)
+        for load in dict.fromkeys(pace.load for pace in found)
+    ]
+    batches = _batches(predicted, measured, fleet, lines, classified) if measured else {}
+    figures = compare(predicted, bounds, measured, fleet, spec, at_pace=at_pace)
     compared = {figure.load for figure in figures}
     stations = [
         row
@@ -168,8 +187,21 @@ def check(file: FleetFile, fleet: str, *, logs: Path, step: Step) -> CheckOutcom
         figures=figures,
         stations=stations,
         batches=batches,
+        paces=found,
         interrupted=interrupted,
     )
+
+
+def _at_load(file: FleetFile, load: float) -> FleetFile:
+    """The file with one of its workload's loads alone."""
+    spec = file.workload.load
+    if isinstance(spec, ClosedLoop):
+        changed: ClosedLoop | OpenLoop | Trace = spec.model_copy(update={"users": [round(load)]})
+    elif isinstance(spec, OpenLoop):
+        changed = spec.model_copy(update={"rate_rps": [load]})
+    else:
+        changed = spec
+    return file.model_copy(update={"workload": file.workload.model_copy(update={"load": changed})})
 
 
 def _ends(predicted: Result, fleet: str) -> list[dict[str, float]]:
@@ -189,7 +221,11 @@ def _ends(predicted: Result, fleet: str) -> list[dict[str, float]]:
 
 
 def _batches(
-    predicted: Result, measured: Sequence[Result], fleet: str, running: RunningFleet
+    predicted: Result,
+    measured: Sequence[Result],
+    fleet: str,
+    lines: Mapping[tuple[int, int], Sequence[IterationLine]],
+    classified: Callable[[Request], int] | None,
 ) -> dict[str, tuple[Sequence[float], Sequence[float]]]:
     """Requests per iteration at the highest load, from the simulation and from the engines' logs."""
     found: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
@@ -200,20 +236,18 @@ def _batches(
         for real in result.runs
         if real.load == record.load
     ]
-    experts = {expert.name: index for index, expert in enumerate(predicted.fleets[fleet].experts)}
-    for server in running.servers:
-        plan = server.plan
-        traced = trace_replica(predicted, fleet, experts[plan.expert], plan.replica)
+    experts = predicted.fleets[fleet].experts
+    for (index, replica), logged in lines.items():
+        traced = trace_replica(predicted, fleet, index, replica, classified)
         sizes = [
             each.prefills + each.decodes for each in traced if record.window_s[0] < each.start_s <= record.window_s[1]
         ]
-        lines = IterationLog(server.log).new_lines()
         real = [
             line.context_requests + line.generation_requests
-            for line in lines
+            for line in logged
             if any(start <= line.ended_s <= end for start, end in windows)
         ]
-        found[plan.name] = batch_shares(np.array(sizes)), batch_shares(np.array(real))
+        found[f"{experts[index].name}/{replica}"] = batch_shares(np.array(sizes)), batch_shares(np.array(real))
     return found
 
 
@@ -241,10 +275,12 @@ def as_json(outcome: CheckOutcome) -> str:
                     "measured_interval": [known(figure.measured_low), known(figure.measured_high)],
                     "error": known(figure.error),
                     "noise_floor": known(figure.noise_floor),
+                    "error_at_pace": known(figure.error_at_pace),
                     "passes": figure.passes,
                 }
                 for figure in outcome.figures
             ],
+            "paces": [asdict(pace) for pace in outcome.paces],
         },
         indent=1,
     )
