@@ -17,11 +17,14 @@ from calibrate.check.taken_for import taken_for
 from real.experts.iteration_log import IterationLine, IterationLog
 from real.serving.fleet import serving
 from real.users.run import run
+from sim.outputs import write_result
 from sim.request import Request
 from sim.result import Result
 from sim.run import loads, simulate, trace_replica
 from sim.spec import ClosedLoop, FleetFile, OpenLoop, Trace
 
+RECORDS = ("csv", "parquet")
+"""Formats in which a check keeps what was predicted and measured."""
 OTHER_DRAWS = 4
 """Further seeds simulated for the interval of one run: what the draw of requests alone changes."""
 
@@ -116,7 +119,7 @@ class CheckOutcome:
         )
 
 
-def check(file: FleetFile, fleet: str, *, logs: Path, step: Step) -> CheckOutcome:
+def check(file: FleetFile, fleet: str, *, folder: Path, step: Step) -> CheckOutcome:
     """Simulate a fleet of a calibrated file, run it for real, and compare.
 
     Ctrl-C ends the real runs early: what was measured is compared, with ``interrupted`` set.
@@ -124,7 +127,8 @@ def check(file: FleetFile, fleet: str, *, logs: Path, step: Step) -> CheckOutcom
     Args:
         file: its experts have profiles, or the roofline predicts.
         fleet: one of its fleets.
-        logs: folder for the logs of the real processes.
+        folder: for the logs of the real processes and for the records of the prediction and of each real run, which are
+            written as soon as there are any.
         step: shows progress.
 
     Raises:
@@ -141,6 +145,7 @@ def check(file: FleetFile, fleet: str, *, logs: Path, step: Step) -> CheckOutcom
     with step("simulating") as progress:
         classified = taken_for(file, fleet)
         predicted = simulate(file, taken_for=classified, workers=1, progress=progress)
+        write_result(predicted, folder / "predicted", RECORDS)
         bounds = [
             simulate(file, iteration_time_factors=factors, taken_for=classified, workers=1)
             for factors in _ends(predicted, fleet)
@@ -149,12 +154,13 @@ def check(file: FleetFile, fleet: str, *, logs: Path, step: Step) -> CheckOutcom
     experts = {expert.name: index for index, expert in enumerate(predicted.fleets[fleet].experts)}
     measured: list[Result] = []
     interrupted = False
-    with step("starting the fleet"), serving(file, fleet, logs=logs) as running:
+    with step("starting the fleet"), serving(file, fleet, logs=folder / "logs") as running:
         for repeat in range(spec.repeats):
             with step(f"measuring, run {repeat + 1} of {spec.repeats}") as progress:
                 result = run(file, fleet=fleet, url=running.url, replica_urls=running.replica_urls, progress=progress)
             if result.runs:
                 measured.append(result)
+                write_result(result, folder / f"measured-{repeat + 1}", RECORDS)
             if result.interrupted:
                 interrupted = True
                 break
