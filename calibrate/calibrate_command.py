@@ -146,10 +146,12 @@ def _command_line() -> str:
     return " ".join(words)
 
 
+from calibrate.fit.compare_command import compare_command  # noqa: E402
 from calibrate.fit.fit_command import fit_command  # noqa: E402
 from calibrate.measure.batches_command import batches_command  # noqa: E402
 from calibrate.measure.measure_command import measure_command  # noqa: E402
 
 command.add_command(batches_command)
+command.add_command(compare_command)
 command.add_command(fit_command)
 command.add_command(measure_command)
