@@ -92,11 +92,14 @@ class CheckOutcome:
         ]
         lines += [
             f"  {figure.column} at load {figure.load:g}: {figure.error:+.1%}, limit {figure.limit:.1%} (noise "
-            f"{figure.noise_floor:.1%})"
+            f"{'not known' if isnan(figure.noise_floor) else f'{figure.noise_floor:.1%}'})"
             for figure in self.failing
         ]
         if self.failing:
-            lines.append(self._blame(max(self.failing, key=lambda figure: abs(figure.error) / figure.limit).load))
+            worst = max(self.failing, key=lambda figure: abs(figure.error) / figure.limit)
+            lines.append(self._blame(worst.load))
+            if not isnan(worst.error_at_pace):
+                lines.append(self._clock(worst))
         lines += [f"predicted with {label}" for label in self.predicted.curve_labels]
         measured = self.measured[0].measured if self.measured else None
         if measured is not None:
@@ -106,6 +109,14 @@ class CheckOutcome:
         if self.interrupted:
             lines.append("interrupted: loads or repeats are missing")
         return lines
+
+    def _clock(self, worst: Figure) -> str:
+        """Say how much of a figure's error is the iteration times'."""
+        shown = " and ".join(f"{each.pace:.2f} ({each.expert})" for each in self.paces if each.load == worst.load)
+        return (
+            f"iterations took {shown} times what the profiles say of the same batches; with that put in, "
+            f"{worst.column} at load {worst.load:g} is off by {worst.error_at_pace:+.1%}: that is the model's own"
+        )
 
     def _blame(self, load: float) -> str:
         """Name the station whose time is furthest off at a load, of the expert where it is."""
