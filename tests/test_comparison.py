@@ -14,8 +14,10 @@ from calibrate.check.comparison import COLUMNS, JUDGED, Figure, compare, coverag
 from calibrate.check.pace import Pace
 from calibrate.check.station_times import STATIONS, station_times
 from sim.check_spec import CheckSpec
+from sim.fleet_file import load_fleet
 from sim.records import RunRecord
-from sim.result import Result
+from sim.result import Measured, Result
+from tests.profiles import make_profile
 from tests.run_records import make_fleet, make_result, make_run
 
 FLEET = make_fleet("one")
@@ -192,6 +194,17 @@ def test_too_few_figures_in_their_intervals_fail_a_check() -> None:
     outcome = outcome_of(1.0)
     wide = [replace(f, predicted_low=f.measured * 1.01, predicted_high=f.measured * 1.02) for f in outcome.figures]
     assert not replace(outcome, figures=wide).passed
+
+
+def test_a_profile_of_another_engine_version_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "code.profile.json"
+    path.write_text(make_profile("old", model="laptop-37m", gpu="CPU").model_dump_json())
+    file = load_fleet("examples/laptop.yaml", [f"fleets.laptop.experts.code.profile={path}"])
+    outcome = outcome_of(1.0)
+    ran = Measured(started="now", urls={}, engines={"laptop": {"code": "vLLM 9.9", "chat": "vLLM 9.9"}})
+    outcome = replace(outcome, file=file, fleet="laptop", measured=[replace(outcome.measured[0], measured=ran)])
+    (told,) = [line for line in outcome.remarks() if "measure it again" in line]
+    assert told.startswith("expert code: the profile old is of made up and vLLM 9.9 ran")
 
 
 def test_files_tables_and_json_of_a_check(tmp_path: Path) -> None:

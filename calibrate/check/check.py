@@ -19,6 +19,7 @@ from real.serving.fleet import serving
 from real.users.run import run
 from sim.outputs import write_result
 from sim.request import Request
+from sim.resolve import profile_of
 from sim.result import Result
 from sim.run import loads, simulate, trace_replica
 from sim.spec import ClosedLoop, FleetFile, OpenLoop, Trace
@@ -105,9 +106,22 @@ class CheckOutcome:
         if measured is not None:
             engines = sorted({engine for fleet in measured.engines.values() for engine in fleet.values()})
             lines.append(f"measured {len(self.measured)} times, {measured.started}, {', '.join(engines)}")
+            lines += self._other_versions(measured.engines.get(self.fleet, {}))
         lines += [f"note of a real run: {note}" for note in dict.fromkeys(n for r in self.measured for n in r.notes)]
         if self.interrupted:
             lines.append("interrupted: loads or repeats are missing")
+        return lines
+
+    def _other_versions(self, engines: Mapping[str, str]) -> list[str]:
+        """Say which profiles are of another engine version than the one that ran, by expert."""
+        lines = []
+        for name, spec in self.file.fleets[self.fleet].experts.items():
+            profile, ran = profile_of(spec), engines.get(name)
+            if profile is not None and ran is not None and ran != profile.expert.engine_version:
+                lines.append(
+                    f"expert {name}: the profile {profile.name} is of {profile.expert.engine_version} and {ran} ran: "
+                    "measure it again (leave out its profile, or give another --out)"
+                )
         return lines
 
     def _clock(self, worst: Figure) -> str:
