@@ -224,11 +224,11 @@ def running(*processes: Process) -> Iterator[None]:
             process.close()
 
 
-async def until(condition: Any, timeout_s: float = 10.0, every_s: float = 0.02) -> float:
+async def until(condition: Any, timeout_s: float = 10.0, every_s: float = 0.02, what: str = "something") -> float:
     """Wait until a condition holds; return how long that took."""
     loop = asyncio.get_running_loop()
     began_s = loop.time()
     while not await asyncio.to_thread(condition):
-        assert loop.time() - began_s < timeout_s, "waited in vain"
+        assert loop.time() - began_s < timeout_s, f"waited {timeout_s:g} s in vain for {what}"
         await asyncio.sleep(every_s)
     return loop.time() - began_s
