@@ -164,6 +164,7 @@ def server_environment(plan: ReplicaPlan) -> dict[str, str]:
         changes["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, plan.placement.gpus))
     environment = child_environment(changes)
     environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would replace kv-cache-memory-bytes
+    environment.pop("VLLM_RPC_BASE_PATH", None)  # its sockets belong into its temporary folder, the default
     return environment
 
 

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -16,6 +17,15 @@ def processes_of_group(group: int) -> list[int]:
             continue
         if fields[0] not in "ZX" and int(fields[2]) == group:
             found.append(int(path.parent.name))
+    return found
+
+
+def children_of(pid: int) -> list[int]:
+    """Processes that a process has started and not yet seen end; none when it is gone itself."""
+    found: list[int] = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):  # a thread's own are with the thread
+        with suppress(OSError):
+            found += map(int, path.read_text().split())
     return found
 
 
