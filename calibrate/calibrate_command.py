@@ -11,7 +11,7 @@ from rich.console import Console
 from sim.report import wide_console
 
 if TYPE_CHECKING:
-    from calibrate.validate.predictor import Predictor
+    from calibrate.predictor import Predictor
 
 HELP = {"help_option_names": ["-h", "--help"]}
 FILE = click.Path(dir_okay=False, path_type=Path)

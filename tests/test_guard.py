@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from real.serving.guarded_process import GuardedProcess, LifeLine, child_environment
+from real.processes.guarded_process import GuardedProcess, LifeLine, child_environment
 from tests.kit.process_tree import becomes_true, child_named, is_alive, processes_of_group
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="guards adopt orphans on Linux only")
@@ -86,7 +86,7 @@ def test_when_the_life_line_closes_everything_ends(tmp_path: Path, life: LifeLin
 
 def test_when_the_one_who_started_it_is_killed_everything_ends(tmp_path: Path) -> None:
     starter = (
-        "import sys, time; from pathlib import Path; from real.serving.guarded_process import *;"
+        "import sys, time; from pathlib import Path; from real.processes.guarded_process import *;"
         f"p = GuardedProcess([sys.executable, '-c', {FAMILY!r}], log=Path({str(tmp_path / 'log')!r}), life=LifeLine());"
         "p.start(); print(p.pid, flush=True); time.sleep(600)"
     )

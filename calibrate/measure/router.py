@@ -88,8 +88,8 @@ def measure_router(
         ValueError: the classifier or the tokenizer cannot be loaded.
     """
     from real.experts.expert_server import EngineFailedError
+    from real.processes.guarded_process import LifeLine
     from real.serving.gateway_process import GatewayProcess
-    from real.serving.guarded_process import LifeLine
 
     prompts = _Prompts(expert)
     fixed_s, per_token_s = classification_s(file, prompts)
@@ -217,7 +217,7 @@ async def _ask(client: Any, model: str, prompts: _Prompts, output_tokens: int) -
 def _gateway_cpu_s(pid: int) -> float:
     """CPU seconds of the gateway's processes so far, without the guard over them."""
     spent: Sequence[float | None] = [
-        cpu_seconds(each) for each in processes_under(pid) if "real.serving.guard" not in command_line(each)
+        cpu_seconds(each) for each in processes_under(pid) if "real.processes.guard" not in command_line(each)
     ]
     return sum(each for each in spent if each is not None)
 

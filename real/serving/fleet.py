@@ -28,9 +28,9 @@ from real.experts.expert_server import (
     port_is_free,
 )
 from real.gateway.config import GatewayConfig, gateway_config
+from real.processes.guarded_process import LifeLine
 from real.router.classifier import load_classifier
 from real.serving.gateway_process import GatewayProcess
-from real.serving.guarded_process import LifeLine
 from real.serving.supervisor import Supervisor, Tell
 from sim.feasibility import check_feasible
 from sim.fleet_file import FleetFileError

@@ -33,7 +33,7 @@ def child_named(group: int, words: str) -> int:
     """The process of a group whose command line contains these words, the guard aside."""
     for pid in processes_of_group(group):
         line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-        if words in line and "real.serving.guard" not in line:
+        if words in line and "real.processes.guard" not in line:
             return pid
     raise AssertionError(f"no {words!r} in group {group}")
 

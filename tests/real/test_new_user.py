@@ -30,10 +30,10 @@ from calibrate.tables.bench_results import read_bench_results
 from calibrate.tables.measured_runs import run_of_settings
 from real.experts.expert_server import port_is_free
 from real.experts.reference_models import default_folder
+from real.processes.guarded_process import child_environment
 from real.router.classifier import fitted_classifier, read_packaged
 from real.router.router_file import read_router_file
 from real.serving.fleet import STATE_FILE
-from real.serving.guarded_process import child_environment
 from sim.report import number_text
 from tests.kit.client import Client, Reply, play
 from tests.kit.ledger import check_ledger

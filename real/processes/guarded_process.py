@@ -79,7 +79,7 @@ class GuardedProcess:
         assert not self.is_running
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self._temporary = _temporary_folder()
-        guard = [sys.executable, "-m", "real.serving.guard", "--life", str(self._life.read_fd)]
+        guard = [sys.executable, "-m", "real.processes.guard", "--life", str(self._life.read_fd)]
         guard += ["--temporary", str(self._temporary)]
         environment = os.environ if self._environment is None else self._environment
         if self._cores:

@@ -1,6 +1,6 @@
 """A guard around one command: nothing that the command started outlives it, or outlives whoever started the guard.
 
-    python -m real.serving.guard --life FD --temporary FOLDER [--cores 0,1] -- COMMAND...
+    python -m real.processes.guard --life FD --temporary FOLDER [--cores 0,1] -- COMMAND...
 
 vLLM's API server starts its engine core, which starts workers, and when the API server or whoever started it is killed
 with -9 those two live on, holding memory and cores. The guard adopts orphans (a sub-reaper) and kills what is left of
@@ -37,7 +37,7 @@ _TRACKERS_S = 3.0  # for resource trackers to end of themselves, once all they t
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command under guard and return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m real.serving.guard")
+    parser = argparse.ArgumentParser(prog="python -m real.processes.guard")
     parser.add_argument("--life", type=int, required=True)
     parser.add_argument("--temporary", type=Path, required=True)
     parser.add_argument("--cores", default="")
