@@ -54,6 +54,19 @@ class Replica:
         self.return_counts: tuple[float, int, int] | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """One place among the requests in flight at a replica.
+
+    Attributes:
+        replica: that one.
+        epoch: of the replica's health when the place was taken; what becomes of the request is told with it.
+    """
+
+    replica: Replica
+    epoch: int
+
+
 @dataclass(frozen=True, slots=True)
 class Wish:
     """Where a request may go.
@@ -141,11 +154,11 @@ class Routing:
         pool.turn %= len(free)
         return self._among(pool, self._uniform)
 
-    def send_to(self, replica: Replica) -> None:
+    def send_to(self, replica: Replica) -> Place:
         """Count a request that goes to this replica."""
         replica.outstanding += 1
-        replica.health.sent()
         replica.sent += 1
+        return Place(replica, replica.health.sent())
 
     def _has_its_share(self, replica: Replica, usable: Sequence[Replica], now_s: float) -> bool:
         """Whether a replica that has just come back already got its part of the requests sent since."""
