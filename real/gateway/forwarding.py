@@ -20,6 +20,7 @@ from real.gateway.config import GatewayConfig, share_of
 from real.gateway.error_events import Refusal
 from real.gateway.metrics import GatewayMetrics, Outcome
 from real.gateway.replicas import Place, Replica, Routing, Wish
+from real.gateway.turns import Turns
 from real.gateway.upstream import Exchange, Upstream, UpstreamError
 from sim.spec import ALL_EXPERTS
 
@@ -86,6 +87,7 @@ class Forwarding:
             on_queued=lambda line, depth: metrics.queue(lines[line], depth),
         )
         self._retrying = 0
+        self._turns = Turns()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stopped = False
         self._log = (
@@ -250,7 +252,7 @@ class Forwarding:
                 replica, request.path, headers, completion.for_model(expert.served_model), deadline_s
             )
         except UpstreamError as error:
-            self._note_failure(place, error.kind)
+            await self._failed(place, error.kind)
             raise
         if exchange.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             replica.health.server_error(place.epoch, self._clock())
@@ -258,10 +260,11 @@ class Forwarding:
             replica.health.answered(place.epoch, self._clock())
         return exchange
 
-    def _note_failure(self, place: Place, kind: str) -> None:
+    async def _failed(self, place: Place, kind: str) -> None:
         """Take a replica out that cannot be reached or is silent; not one that is slow while it answers others.
 
-        A broken answer counts like a 5xx: a few in a row are needed, because one request alone may be to blame.
+        A broken answer counts like a 5xx: a few in a row are needed, because one request alone may be to blame. What
+        follows for the request itself waits for its turn, so that who comes next need not wait for all of them.
         """
         now_s = self._clock()
         health = place.replica.health
@@ -271,6 +274,7 @@ class Forwarding:
         elif kind in ("reset", "no_done"):
             health.server_error(place.epoch, now_s)
         self.admission.hand_out()
+        await self._turns.mine()
 
     async def _relay(
         self, request: web.BaseRequest, outcome: Outcome, exchange: Exchange, place: Place
@@ -279,15 +283,9 @@ class Forwarding:
         response = await answer.start(exchange.status, exchange.headers, exchange.take())
         outcome.status = exchange.status
         outcome.ttft_s = time.monotonic() - outcome.arrived_s
-        events = None
         try:
-            await exchange.relay(answer)
-            answer.end_of_body()
-            events = answer.events
-            if events is not None and exchange.status == HTTPStatus.OK and not events.is_done:
-                raise UpstreamError("no_done")
+            await self._pass_on(exchange, answer, place)
         except UpstreamError as error:
-            self._note_failure(place, error.kind)
             outcome.outcome = error.kind
             answer.break_off(*_FAILURES[error.kind])
         except asyncio.CancelledError:
@@ -298,6 +296,7 @@ class Forwarding:
             outcome.outcome = "drained"
             answer.break_off(*_FAILURES["drained"])
         else:
+            events = answer.events
             if exchange.status >= HTTPStatus.INTERNAL_SERVER_ERROR or (events is not None and events.is_error):
                 outcome.outcome = "expert_error"
             elif exchange.status >= HTTPStatus.BAD_REQUEST:
@@ -308,6 +307,21 @@ class Forwarding:
             if answer.events is not None:
                 outcome.chunks = answer.events.chunks
         return response
+
+    async def _pass_on(self, exchange: Exchange, answer: Answer, place: Place) -> None:
+        """Pass the body on until its end.
+
+        Raises:
+            UpstreamError: it did not end well, and it is this request's turn to be told.
+        """
+        try:
+            await exchange.relay(answer)
+            answer.end_of_body()
+            if answer.events is not None and exchange.status == HTTPStatus.OK and not answer.events.is_done:
+                raise UpstreamError("no_done")
+        except UpstreamError as error:
+            await self._failed(place, error.kind)
+            raise
 
 
 def _own_headers(outcome: Outcome) -> dict[str, str]:
