@@ -42,6 +42,7 @@ wheel-check: $(VENV)/installed-dev
 benchmarks: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.gateway
+	$(BIN)/python -m benchmarks.faults
 	$(BIN)/python -m benchmarks.classifier
 
 $(VENV)/installed: pyproject.toml
