@@ -5,8 +5,8 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from calibrate.fit.front_end_fit import fit_front_end
 from calibrate.measure.files import MeasuredPoint
+from calibrate.measure.front_end_fit import fit_front_end
 from calibrate.measure.iteration_records import SentRequest, reconstruct, sent_frame
 from calibrate.measure.router import PROMPT_TOKENS, Traffic, costs_of
 from tests.iteration_runs import SETTINGS, TRUTH, run_engine

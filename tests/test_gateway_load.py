@@ -1,5 +1,6 @@
 import asyncio
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -24,43 +25,80 @@ def test_g7_when_clients_leave_the_expert_is_told_and_nothing_is_left_behind(tmp
     with scene(tmp_path, behaviour={"itl_s": 0.05}, limits=limits) as fleet:
         expert = fleet.experts["code"][0]
 
+        async def come(client: Client, count: int) -> list[asyncio.Task[Reply]]:
+            """Half of them get bytes, half wait for their first."""
+            return [
+                asyncio.create_task(client.complete("code", max_tokens=1000, mock={"ttft_s": 60.0 * (index % 2)}))
+                for index in range(count)
+            ]
+
+        def with_expert(*what: str) -> set[str]:
+            """The requests of which its log says so."""
+            return {line["id"] for line in fleet.expert_logs()["code-0"] if line["what"] in what}
+
+        def leave(connections: list[Connection]) -> set[str]:
+            ids = {connection.reply.request_id for connection in connections if connection.reply is not None}
+            for connection in connections:
+                connection.leave()
+            return ids
+
+        async def fill(client: Client) -> list[asyncio.Task[Reply]]:
+            inside = await come(client, 150)
+            await until(lambda: expert.state()["running"] == 150)
+            waiting = await come(client, 50)
+            await until(lambda: fleet.gateway.total("queue_depth") == 50)
+            return inside + waiting
+
         async def story(client: Client) -> None:
             loop = asyncio.get_running_loop()
-            left: list[Connection] = []
-            streams = [
-                asyncio.create_task(client.complete("code", max_tokens=1000, mock={"ttft_s": 60.0 * (index % 2)}))
-                for index in range(150)
-            ]
-            await until(lambda: expert.state()["running"] == 150)
-            queued = [asyncio.create_task(client.complete("code", max_tokens=1000)) for _ in range(50)]
-            await until(lambda: fleet.gateway.total("queue_depth") == 50)
-            for connection in client.open:
-                connection.leave()
-                left.append(connection)
-            took_s = await until(lambda: expert.state()["running"] == 0)
-            print(f"G7: 150 of 200 were at the expert, cancelled there within {took_s * 1e3:.0f} ms")
-            assert took_s < 1.0
-            replies = await asyncio.gather(*streams, *queued)
-            assert {reply.outcome for reply in replies} == {"cancelled"}
+
+            # Those who wait leave first: no expert hears of them.
+            tasks = await fill(client)
+            leave(client.open[150:])
+            await until(lambda: fleet.gateway.total("queue_depth") == 0)
+            assert expert.state()["running"] == 150
+            gone = leave(client.open[:150])
+            left_s = time.monotonic()
+            await until(lambda: expert.state()["running"] == 0)
+            late_s = max(line["s"] for line in fleet.expert_logs()["code-0"] if line["what"] == "cancelled") - left_s
+            print(f"G7: 150 left before their first byte or in mid-stream, cancelled within {late_s * 1e3:.0f} ms")
+            assert late_s < 1.0
+            assert with_expert("start") == with_expert("cancelled") == gone
+            assert {reply.outcome for reply in await asyncio.gather(*tasks)} == {"cancelled"}
+
+            # All leave at once: one who waits may still get the place of one who left before.
+            tasks = await fill(client)
+            at_once_inside = leave(client.open[:150])
+            at_once = at_once_inside | leave(client.open[150:])
+            assert {reply.outcome for reply in await asyncio.gather(*tasks)} == {"cancelled"}
             await nothing_under_way(fleet)
+            await until(lambda: expert.state()["running"] == 0)
+            placed = {line["request_id"] for line in fleet.gateway_log() if line["replica"] is not None}
+            reached = with_expert("start")
+            assert gone | at_once_inside <= reached <= placed <= gone | at_once
+            assert with_expert("cancelled") == reached
+            print(f"G7: of 50 who waited, {len(placed & at_once) - 150} got the place of one who left before them,")
+            print(f"G7: and {len(reached & at_once) - 150} of these got as far as the expert")
+
             worker = fleet.gateway.workers()[0]
             files, began_s = open_files(worker), loop.time()
             for _ in range(50):
+                early = asyncio.create_task(client.complete("code", max_tokens=1000, mock={"ttft_s": 60}))
+                await until(lambda: expert.state()["running"] == 1, every_s=0.002)
+                leave(list(client.open))
                 await asyncio.gather(
+                    early,
                     *(client.complete("code", max_tokens=1000, leave_after_chunks=1 + index) for index in range(2)),
-                    client.complete("code", max_tokens=1000, mock={"ttft_s": 60}, leave_after_s=0.02),
                 )
+                await until(lambda: expert.state()["running"] == 0, every_s=0.002)
             await nothing_under_way(fleet)
-            await until(lambda: expert.state()["running"] == 0)
             print(f"G7: 50 rounds in {loop.time() - began_s:.1f} s, {open_files(worker) - files:+d} files")
             assert open_files(worker) <= files + 3
-            ended = expert.state()["ended"]
-            assert list(ended) == ["cancelled"]
-            assert 300 <= ended["cancelled"] <= 350  # one that waited may get the place of one that left before it
-            assert fleet.gateway.total("client_disconnects_total") == 200 + 150
+            assert expert.state()["ended"] == {"cancelled": len(reached) + 150}
+            assert fleet.gateway.total("client_disconnects_total") == 400 + 150
 
         fleet.play(story)
-        fleet.check_ledger()
+        assert fleet.check_ledger() == {"cancelled": 550}
 
 
 def test_g8_beyond_the_cap_requests_wait_or_are_refused_and_the_admitted_do_as_well(tmp_path: Path) -> None:

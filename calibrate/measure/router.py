@@ -134,8 +134,8 @@ def measure_router(
         ValueError: the classifier or the tokenizer cannot be loaded.
     """
     from real.experts.expert_server import EngineFailedError
+    from real.processes.guarded_process import LifeLine
     from real.serving.gateway_process import GatewayProcess
-    from real.serving.guarded_process import LifeLine
 
     prompts = Prompts(expert)
     fixed_s, per_token_s = classification_s(file, prompts)
@@ -316,7 +316,7 @@ async def first_token_s(client: "LoadClient", model: str, prompt: str, output_to
 def _gateway_cpu_s(pid: int) -> float:
     """CPU seconds of the gateway's processes so far, without the guard over them."""
     spent: Sequence[float | None] = [
-        cpu_seconds(each) for each in processes_under(pid) if "real.serving.guard" not in command_line(each)
+        cpu_seconds(each) for each in processes_under(pid) if "real.processes.guard" not in command_line(each)
     ]
     return sum(each for each in spent if each is not None)
 

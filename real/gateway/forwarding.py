@@ -19,8 +19,8 @@ from real.gateway.completion_request import CompletionRequest
 from real.gateway.config import GatewayConfig, share_of
 from real.gateway.error_events import Refusal
 from real.gateway.metrics import GatewayMetrics, Outcome
-from real.gateway.replica_health import State
-from real.gateway.replicas import Replica, Routing, Wish
+from real.gateway.replicas import Place, Replica, Routing, Wish
+from real.gateway.turns import Turns
 from real.gateway.upstream import Exchange, Upstream, UpstreamError
 from sim.spec import ALL_EXPERTS
 
@@ -87,6 +87,7 @@ class Forwarding:
             on_queued=lambda line, depth: metrics.queue(lines[line], depth),
         )
         self._retrying = 0
+        self._turns = Turns()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stopped = False
         self._log = (
@@ -190,58 +191,53 @@ class Forwarding:
         deadline_s: float,
     ) -> web.StreamResponse:
         asked_s = time.monotonic()
-        replica = await self.admission.place(wish)
+        place = await self.admission.place(wish)
         outcome.queue_s = time.monotonic() - asked_s
         exchange: Exchange | None = None
-        on_trial = replica.health.state is State.TRIAL  # then this request is what tries it
         retrying = False
         try:
             try:
-                exchange = await self._send(request, completion, outcome, replica, deadline_s)
-                other = self._another(wish, replica) if exchange.status in _WORTH_A_RETRY else None
+                exchange = await self._send(request, completion, outcome, place, deadline_s)
+                other = self._another(wish, place.replica) if exchange.status in _WORTH_A_RETRY else None
             except UpstreamError as error:
-                other = None if error.kind == "total_timeout" else self._another(wish, replica)
+                other = None if error.kind == "total_timeout" else self._another(wish, place.replica)
                 if other is None:
                     raise
             if other is not None:
                 if exchange is not None:
                     exchange.close()
                     exchange = None
-                self._leave(replica, on_trial)
-                replica, on_trial, retrying = other, other.health.state is State.TRIAL, True
+                self.admission.release(place)
+                place, retrying = other, True
                 self._retrying += 1
                 self._metrics.retries.inc()
-                exchange = await self._send(request, completion, outcome, replica, deadline_s)
+                exchange = await self._send(request, completion, outcome, place, deadline_s)
             assert exchange is not None
-            return await self._relay(request, outcome, exchange, replica)
+            return await self._relay(request, outcome, exchange, place)
         except UpstreamError as error:
             raise _refusal(error.kind) from None
         finally:
             self._retrying -= retrying
             if exchange is not None:
                 exchange.close()
-            self._leave(replica, on_trial)
+            self.admission.release(place)
 
-    def _another(self, wish: Wish, besides: Replica) -> Replica | None:
-        """A replica for a second try, if the budget for these allows one more."""
+    def _another(self, wish: Wish, besides: Replica) -> Place | None:
+        """A place for a second try, if the budget for these allows one more."""
         if self._retry_share == 0 or self._retrying >= max(1.0, self._retry_share * self.open):
             return None
         return self.admission.another(wish, besides)
-
-    def _leave(self, replica: Replica, on_trial: bool) -> None:
-        if on_trial:
-            replica.health.trial_undecided()
-        self.admission.release(replica)
 
     async def _send(
         self,
         request: web.BaseRequest,
         completion: CompletionRequest,
         outcome: Outcome,
-        replica: Replica,
+        place: Place,
         deadline_s: float,
     ) -> Exchange:
         """Send the request to a replica, wait for its answer's first byte, and note what that says about it."""
+        replica = place.replica
         expert = self._config.experts[replica.expert]
         outcome.expert, outcome.replica = expert.name, replica.index
         outcome.chosen_s = time.monotonic()
@@ -256,43 +252,40 @@ class Forwarding:
                 replica, request.path, headers, completion.for_model(expert.served_model), deadline_s
             )
         except UpstreamError as error:
-            self._note_failure(replica, error.kind)
+            await self._failed(place, error.kind)
             raise
         if exchange.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-            replica.health.server_error(self._clock())
+            replica.health.server_error(place.epoch, self._clock())
         elif exchange.status < HTTPStatus.BAD_REQUEST:
-            replica.health.answered(self._clock())
+            replica.health.answered(place.epoch, self._clock())
         return exchange
 
-    def _note_failure(self, replica: Replica, kind: str) -> None:
+    async def _failed(self, place: Place, kind: str) -> None:
         """Take a replica out that cannot be reached or is silent; not one that is slow while it answers others.
 
-        A broken answer counts like a 5xx: a few in a row are needed, because one request alone may be to blame.
+        A broken answer counts like a 5xx: a few in a row are needed, because one request alone may be to blame. What
+        follows for the request itself waits for its turn, so that who comes next need not wait for all of them.
         """
         now_s = self._clock()
-        silent = now_s - replica.heard_s > self._config.serve.health.interval_s
+        health = place.replica.health
+        silent = now_s - place.replica.heard_s > self._config.serve.health.interval_s
         if kind == "connect_failed" or (kind in ("first_byte_timeout", "idle_timeout") and silent):
-            replica.health.failed(now_s)
+            health.failed(place.epoch, now_s)
         elif kind in ("reset", "no_done"):
-            replica.health.server_error(now_s)
+            health.server_error(place.epoch, now_s)
         self.admission.hand_out()
+        await self._turns.mine()
 
     async def _relay(
-        self, request: web.BaseRequest, outcome: Outcome, exchange: Exchange, replica: Replica
+        self, request: web.BaseRequest, outcome: Outcome, exchange: Exchange, place: Place
     ) -> web.StreamResponse:
         answer = Answer(request, _own_headers(outcome))
         response = await answer.start(exchange.status, exchange.headers, exchange.take())
         outcome.status = exchange.status
         outcome.ttft_s = time.monotonic() - outcome.arrived_s
-        events = None
         try:
-            await exchange.relay(answer)
-            answer.end_of_body()
-            events = answer.events
-            if events is not None and exchange.status == HTTPStatus.OK and not events.is_done:
-                raise UpstreamError("no_done")
+            await self._pass_on(exchange, answer, place)
         except UpstreamError as error:
-            self._note_failure(replica, error.kind)
             outcome.outcome = error.kind
             answer.break_off(*_FAILURES[error.kind])
         except asyncio.CancelledError:
@@ -303,16 +296,32 @@ class Forwarding:
             outcome.outcome = "drained"
             answer.break_off(*_FAILURES["drained"])
         else:
+            events = answer.events
             if exchange.status >= HTTPStatus.INTERNAL_SERVER_ERROR or (events is not None and events.is_error):
                 outcome.outcome = "expert_error"
             elif exchange.status >= HTTPStatus.BAD_REQUEST:
                 outcome.outcome = "client_error"
             else:
-                replica.health.completed()
+                place.replica.health.completed(place.epoch)
         finally:
             if answer.events is not None:
                 outcome.chunks = answer.events.chunks
         return response
+
+    async def _pass_on(self, exchange: Exchange, answer: Answer, place: Place) -> None:
+        """Pass the body on until its end.
+
+        Raises:
+            UpstreamError: it did not end well, and it is this request's turn to be told.
+        """
+        try:
+            await exchange.relay(answer)
+            answer.end_of_body()
+            if answer.events is not None and exchange.status == HTTPStatus.OK and not answer.events.is_done:
+                raise UpstreamError("no_done")
+        except UpstreamError as error:
+            await self._failed(place, error.kind)
+            raise
 
 
 def _own_headers(outcome: Outcome) -> dict[str, str]:

@@ -30,7 +30,8 @@ class UpstreamError(Exception):
     """An expert failed a request.
 
     Attributes:
-        kind: ``connect_failed``, ``reset``, ``first_byte_timeout``, ``idle_timeout`` or ``total_timeout``.
+        kind: ``connect_failed``, ``no_descriptor``, ``reset``, ``first_byte_timeout``, ``idle_timeout`` or
+            ``total_timeout``.
     """
 
     def __init__(self, kind: str) -> None:
@@ -302,7 +303,11 @@ class Upstream:
         return exchange
 
     async def healthy(self, replica: Replica, timeout_s: float) -> bool | None:
-        """Whether a replica calls itself healthy, on a connection of its own; None when it does not say in time."""
+        """Whether a replica calls itself healthy, on a connection of its own; None when it does not say in time.
+
+        Raises:
+            UpstreamError: ``no_descriptor``: it could not be asked.
+        """
         self._close_old(replica)
         try:
             connection = await self._connect(replica, min(timeout_s, self._timeouts.connect_s))
@@ -315,7 +320,9 @@ class Upstream:
             finally:
                 exchange.close()
         except UpstreamError as error:
-            return None if error.kind in ("first_byte_timeout", "no_descriptor") else False
+            if error.kind == "no_descriptor":
+                raise
+            return None if error.kind == "first_byte_timeout" else False
         return exchange.status == 200
 
     async def _connect(self, replica: Replica, longest_s: float) -> Connection:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from real.experts.expert_server import EngineFailedError
-from real.serving.guarded_process import GuardedProcess, LifeLine, child_environment
+from real.processes.guarded_process import GuardedProcess, LifeLine, child_environment
 
 _READY = "ready"
 

@@ -31,7 +31,7 @@ class Behaviour:
 
     ttft_s: float = 0.0
     itl_s: float = 0.0
-    status: int | None = None  # answer with this error
+    status: int | None = None  # answer with this error, after ttft_s
     health: int = 200
     hang_before_head: bool = False
     hang_after: int | None = None  # chunks, then silence
@@ -163,8 +163,10 @@ class StreamedAnswer:
             self.end("failed")
             return
         if behaviour.status is not None:
-            self.connection.respond(behaviour.status, error_body(behaviour.status, "made to fail"))
-            self.end("failed")
+            if behaviour.ttft_s:
+                self.timer = asyncio.get_running_loop().call_later(behaviour.ttft_s, self.refuse)
+            else:
+                self.refuse()
             return
         if self.stream and not behaviour.late_head:
             self.head()
@@ -175,6 +177,11 @@ class StreamedAnswer:
             self.end("completed")
             return
         expert.engine.add(self)
+
+    def refuse(self) -> None:
+        assert self.behaviour.status is not None
+        self.connection.respond(self.behaviour.status, error_body(self.behaviour.status, "made to fail"))
+        self.end("failed")
 
     def head(self) -> None:
         if not self.head_sent:

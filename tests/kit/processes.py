@@ -13,6 +13,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,12 @@ class Process:
 
     def __init__(self, module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - a pipe nobody reads would hold the process up
+        self.temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # nothing stays when it is killed
+        own = {"PYTHONPATH": str(ROOT), "TMPDIR": self.temporary.name}
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
+            env={**os.environ, **own, **(environment or {})},
             stdout=subprocess.PIPE,
             stderr=self.errors,
         )
@@ -63,6 +66,7 @@ class Process:
         assert self.process.stdout is not None
         self.process.stdout.close()
         self.errors.close()
+        self.temporary.cleanup()
 
     def error_text(self) -> str:
         """What it has said on stderr so far."""
@@ -184,6 +188,18 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+@dataclass(frozen=True)
+class Footprint:
+    """What the workers of a gateway hold."""
+
+    files: int
+    resident_mb: float
+
+
+def footprint(gateway: "GatewayProcess") -> Footprint:
+    return Footprint(sum(open_files(pid) for pid in gateway.workers()), gateway.resident_mb())
+
+
 def open_files(pid: int) -> int:
     return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
@@ -194,6 +210,8 @@ def config_for(
     router: Mapping[str, Any] | None = None,
     request_log: Path | None = None,
     classifier: Mapping[str, Any] | None = None,
+    class_map: Mapping[str, list[str]] | None = None,
+    saturated_at: Mapping[str, float] | None = None,
     **serve: Any,
 ) -> GatewayConfig:
     """A gateway in front of experts (name -> URLs of replicas) that each serve the class of their name, or all."""
@@ -201,9 +219,14 @@ def config_for(
     return GatewayConfig(
         fleet="tested",
         classes=list(CLASSES),
-        class_map={name: [name] if name in names else [names[0]] for name in CLASSES},
+        class_map={name: [name] if name in names else [names[0]] for name in CLASSES} | dict(class_map or {}),
         experts=[
-            GatewayExpert(name=name, served_model=name, replica_urls=list(urls), saturated_at=256)
+            GatewayExpert(
+                name=name,
+                served_model=name,
+                replica_urls=list(urls),
+                saturated_at=(saturated_at or {}).get(name, 256),
+            )
             for name, urls in experts.items()
         ],
         router=RouterSpec(**(router or {})),
@@ -224,11 +247,11 @@ def running(*processes: Process) -> Iterator[None]:
             process.close()
 
 
-async def until(condition: Any, timeout_s: float = 10.0, every_s: float = 0.02) -> float:
+async def until(condition: Any, timeout_s: float = 10.0, every_s: float = 0.02, what: str = "something") -> float:
     """Wait until a condition holds; return how long that took."""
     loop = asyncio.get_running_loop()
     began_s = loop.time()
     while not await asyncio.to_thread(condition):
-        assert loop.time() - began_s < timeout_s, "waited in vain"
+        assert loop.time() - began_s < timeout_s, f"waited {timeout_s:g} s in vain for {what}"
         await asyncio.sleep(every_s)
     return loop.time() - began_s
