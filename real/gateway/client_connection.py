@@ -150,6 +150,8 @@ class ClientConnection(RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """Answer a malformed request, or our own defect, in OpenAI's shape and without details of either."""
+        if isinstance(exc, ConnectionError):  # the client left as its answer began: neither
+            raise exc
         if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             _log.error("a request failed by a defect of the gateway", exc_info=exc)
             text = "internal error of the gateway"

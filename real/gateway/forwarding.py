@@ -19,10 +19,11 @@ from real.gateway.completion_request import CompletionRequest
 from real.gateway.config import GatewayConfig, share_of
 from real.gateway.error_events import Refusal
 from real.gateway.metrics import GatewayMetrics, Outcome
-from real.gateway.replicas import Place, Replica, Routing, Wish
+from real.gateway.replicas import Place, Replica, Routing
 from real.gateway.turns import Turns
 from real.gateway.upstream import Exchange, Upstream, UpstreamError
 from sim.spec import ALL_EXPERTS
+from sim.usable_replicas import Wish
 
 CLASS_HEADER: Final = "x-expert-router-class"
 _PASSED_ON: Final = ("accept", "traceparent", "tracestate")

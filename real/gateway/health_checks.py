@@ -3,9 +3,9 @@
 import asyncio
 from collections.abc import Callable
 
-from real.gateway.replica_health import State
 from real.gateway.replicas import Replica
 from real.gateway.upstream import Upstream, UpstreamError
+from sim.replica_health import State
 from sim.serve_spec import HealthSpec
 
 

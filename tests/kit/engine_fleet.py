@@ -4,7 +4,10 @@ import os
 import signal
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
+from threading import Thread
+from time import monotonic
 
 from real.gateway.config import gateway_config
 from sim.fleet_file import LoadedFleetFile
@@ -16,13 +19,20 @@ class EngineExpert(Process):
     """One replica: ``tests.kit.engine_expert``."""
 
     def __init__(
-        self, file: Path, name: str, *, port: int | None = None, time_factor: float = 1.0, log: Path | None = None
+        self,
+        file: Path,
+        name: str,
+        *,
+        port: int | None = None,
+        time_factor: float = 1.0,
+        log: Path | None = None,
+        listen_at_s: float = 0.0,
     ) -> None:
         """Start it; ``wait_until_ready`` waits."""
         self.port = port or free_port()
         self.log = log
         arguments = [str(file), name, "--port", str(self.port), "--time-factor", str(time_factor)]
-        arguments += ["--log", str(log)] if log is not None else []
+        arguments += ["--listen-at", str(listen_at_s), *(["--log", str(log)] if log is not None else [])]
         super().__init__("tests.kit.engine_expert", *arguments)
 
     def wait_until_ready(self) -> None:
@@ -83,15 +93,18 @@ class EngineFleet:
         """What the engines noted of each request, by its id."""
         return {key: times for each in self.all if each.log is not None for key, times in read_log(each.log).items()}
 
-    def kill(self, name: str, replica: int) -> None:
-        """``kill -9``, without waiting for the end of it."""
-        self.experts[name][replica].signal(signal.SIGKILL)
-
-    def restart(self, name: str, replica: int) -> None:
-        """Start a killed replica again, at its old port, without waiting until it answers."""
+    def kill(self, name: str, replica: int, for_s: float) -> None:
+        """``kill -9``, and listen again so many seconds later; returns at once, as ``real.users.run`` wants it."""
+        back_s = monotonic() + for_s
         old = self.experts[name][replica]
+        old.signal(signal.SIGKILL)
+        if isfinite(for_s):
+            Thread(target=self._restart, args=(name, replica, old, back_s)).start()
+
+    def _restart(self, name: str, replica: int, old: EngineExpert, back_s: float) -> None:
         old.close()
-        self.experts[name][replica] = EngineExpert(self._path, name, port=old.port, log=old.log)
+        fresh = EngineExpert(self._path, name, port=old.port, log=old.log, listen_at_s=back_s)
+        self.experts[name][replica] = fresh
 
 
 @contextmanager
