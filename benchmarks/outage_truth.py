@@ -85,11 +85,11 @@ def _counts(record: RunRecord, second_tries: int) -> dict[str, int]:
 
 
 def _ambiguous(record: RunRecord, file: LoadedFleetFile, near_s: float) -> int:
-    """How many requests have an end of what they do near a kill, or are sent while a replica is let back."""
-    requests = record.requests
-    near = np.zeros(len(requests["status"]), np.bool_)
-    health = file.serve.health
+    """How many requests for an expert have a turn near the death of its replica, or are sent while it is let back."""
+    requests, health = record.requests, file.serve.health
+    found = np.zeros(len(requests["status"]), np.bool_)
     for outage in file.fleets[FLEET].outages:
+        near = np.zeros(len(found), np.bool_)
         for name in ("router_end_s", "first_token_s", "last_token_s"):
             near |= np.abs(requests[name] - outage.at_s) <= near_s
         if outage.for_s is not None:
@@ -97,7 +97,9 @@ def _ambiguous(record: RunRecord, file: LoadedFleetFile, near_s: float) -> int:
             first_s = outage.at_s + outage.for_s + (health.healthy_after - 1) * health.interval_s
             sent_s = requests["sent_s"]
             near |= (sent_s >= first_s - near_s) & (sent_s <= first_s + health.interval_s + near_s)
-    return int(near.sum())
+        # Here an expert serves the class of its own name.
+        found |= near & (requests["routed_class_index"] == record.class_names.index(outage.expert))
+    return int(found.sum())
 
 
 def main() -> None:

@@ -8,13 +8,14 @@ while the only one is on trial they wait. The router's workers share what they k
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import floor, inf
 from typing import TYPE_CHECKING
 
 from simpy import Environment
 from simpy.events import Event, Timeout
 
-from sim.fleet import Fleet, Outage
+from sim.fleet import Fleet
 from sim.records import COMPLETED
 from sim.replica_health import ReplicaHealth, State
 from sim.request import Failure, Request
@@ -115,7 +116,8 @@ class Failover:
         self._queue: list[Request] = []
         self.second_tries = 0
         for outage in fleet.outages:
-            self._at(outage.at_s, lambda event, outage=outage: self._kill(outage, by_expert))
+            replica = by_expert[outage.expert_index][outage.replica_index]
+            self._at(outage.at_s, partial(self._kill, replica, outage.for_s))
 
     # ------------------------------------------------------------------------------------------ a request's way
 
@@ -216,22 +218,21 @@ class Failover:
 
     # ---------------------------------------------------------------------------------------- a replica's death
 
-    def _kill(self, outage: Outage, by_expert: Sequence[Sequence["Replica"]]) -> None:
+    def _kill(self, replica: "Replica", for_s: float, event: Event) -> None:
         now_s = self._env.now
-        replica = by_expert[outage.expert_index][outage.replica_index]
         lost = replica.kill()
         noticed_s = now_s + self._network_s
         # Tokens that have left the replica by now still come.
         begun = {request for request in lost if request.first_token_s - self._user_network_s <= noticed_s}
         self._at(noticed_s, lambda event: self._on_broken(lost, begun))
-        if outage.for_s < inf:
-            self._at(now_s + outage.for_s, lambda event: self._come_up(replica))
+        if for_s < inf:
+            self._at(now_s + for_s, partial(self._come_up, replica))
         watched = self._watched[replica]
         if not watched.checking:
             watched.checking = True
             self._check_later(watched, floor(now_s / self._health.interval_s) + 1)
 
-    def _come_up(self, replica: "Replica") -> None:
+    def _come_up(self, replica: "Replica", event: Event) -> None:
         replica.is_up = True
 
     def _on_broken(self, lost: Sequence[Request], begun: set[Request]) -> None:

@@ -21,12 +21,12 @@ from sim.spec import ClassSpec, ClosedLoop, Fixed, OpenLoop, RunSpec
 from tests.fleets import FREE_ROUTER, ROOMY, AffineCurve, make_expert, make_plan
 from tests.strategies import plans
 
-random_fleets = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+random_fleets = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 SYNCHRONOUS = replace(ROOMY, async_scheduling=False)
 
 
 @st.composite
-def plans_with_outages(draw: st.DrawFn, **options: Any) -> RunPlan:
+def plans_with_outages(draw: st.DrawFn, /, **options: Any) -> RunPlan:
     """Plans behind a router whose replicas die now and then, some for good."""
     plan = draw(plans(**options).filter(lambda plan: plan.fleet.router is not None))
     outages = []
