@@ -12,6 +12,7 @@ from sim.resolve import resolve_fleet
 from tests.kit.client import Client, play
 from tests.kit.engine_expert import read_log
 from tests.kit.engine_fleet import EngineExpert
+from tests.kit.process_tree import becomes_true
 from tests.kit.processes import running
 
 BUSY_S = 0.05  # a CI machine is late by more than the command's 10 ms
@@ -34,6 +35,7 @@ def test_the_known_engine_takes_exactly_the_times_of_its_curve(tmp_path: Path) -
             assert (await client.complete("count these few words", max_tokens=7)).outcome == "completed"
 
         play(expert.port, one)
+        assert becomes_true(lambda: bool(read_log(tmp_path / "log")), within_s=10)  # noted after the last token is sent
         ((arrived_s, scheduled_s, first_s, last_s),) = read_log(tmp_path / "log").values()
     assert scheduled_s == arrived_s
     resolved = resolve_fleet(load_fleet(FILE), FLEET).experts[1]
