@@ -44,6 +44,8 @@ benchmarks: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks.gateway
 	$(BIN)/python -m benchmarks.faults
 	$(BIN)/python -m benchmarks.classifier
+	$(BIN)/python -m benchmarks.outage_truth
+	$(BIN)/python -m benchmarks.router_truth
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import nan
 from pathlib import Path
+from time import monotonic, sleep
 
 import numpy as np
 from rich.console import Console
@@ -50,16 +51,15 @@ from sim.plots import save_picture
 from sim.records import RunRecord
 from sim.report import wide_console
 from sim.result import Result
-from sim.run import simulate, with_changes
+from sim.run import loads, simulate, with_changes
 from sim.spec import ALL_EXPERTS, FrontEndSpec
 from tests.kit.engine_expert import EngineTimes
-from tests.kit.engine_fleet import EngineExpert, engine_fleet
+from tests.kit.engine_fleet import EngineExpert, EngineFleet, engine_fleet
 from tests.kit.processes import running
 
 FILE = Path(__file__).parent / "router_truth.yaml"
 FLEET = "mocks"
-CALIBRATION_TIME_FACTOR = 0.25
-"""Router and front ends are measured before an engine that is faster by so much: more tokens in the same time."""
+IDLE_S = 3.0
 COLUMNS = (
     ("request_throughput", "requests/s"),
     ("output_throughput", "tokens/s"),
@@ -105,6 +105,7 @@ class Truth:
 
     Attributes:
         router, front_end: what they cost, measured.
+        cpu: CPU seconds of the router a request at each load: (load, simulated, measured).
         notes: of the real runs.
     """
 
@@ -112,6 +113,7 @@ class Truth:
     stations: Sequence[StationTime]
     router: RouterCosts
     front_end: FrontEndSpec
+    cpu: Sequence[tuple[float, float, float]]
     notes: Sequence[str]
 
     def remarks(self) -> list[str]:
@@ -121,15 +123,14 @@ class Truth:
         lines = [
             f"{'FAIL' if failing else 'PASS'}: {len(judged) - len(failing)} of {len(judged)} figures within target"
         ]
-        lines += [f"{each.column} at {each.load:g} users: {each.error:+.1%}, {_limit(each)}" for each in failing]
+        lines += [
+            f"{each.column} at {each.load:g} users: {each.error:+.1%}, limit {each.limit:.1%}" for each in failing
+        ]
         for what, costs in (("router", self.router), ("front end", self.front_end)):
             shown = ", ".join(f"{name.removesuffix('_s')} {1e6 * value:.4g} µs" for name, value in costs)
             lines.append(f"{what}: {shown}")
-        return [*lines, *self.notes]
-
-
-def _limit(figure: Figure) -> str:
-    return f"limit {figure.limit:.1%}"
+        shown = "; ".join(f"{load:g} users {1e3 * a:.3g} / {1e3 * b:.3g}" for load, a, b in self.cpu)
+        return [*lines, f"router's CPU ms a request, simulated / measured: {shown}", *self.notes]
 
 
 def judged(figures: Sequence[Figure]) -> list[Figure]:
@@ -156,9 +157,12 @@ class _Server:
 def measured_costs(
     file: LoadedFleetFile, folder: Path, gateway_cores: Sequence[int]
 ) -> tuple[RouterCosts, FrontEndSpec]:
-    """Return what the router and an expert's front end cost on this machine, in half a minute each."""
+    """Return what the router and an expert's front end cost on this machine, before an engine of the fleet's own pace.
+
+    The pace matters: the longer a process sleeps between two tokens, the colder its caches are when it is woken.
+    """
     name, spec = next(iter(file.fleets[FLEET].experts.items()))
-    expert = EngineExpert(FILE, name, time_factor=CALIBRATION_TIME_FACTOR)
+    expert = EngineExpert(FILE, name)
     with running(expert):
         expert.wait_until_ready()
         front_end = asyncio.run(_front_end(expert, name, Prompts(spec)))
@@ -218,19 +222,49 @@ def truth(users: Sequence[int] | None, repeats: int, folder: Path, console: Cons
         for draw in range(1, OTHER_DRAWS + 1)
     ]
     measured: list[Result] = []
+    cpu_s: list[list[float]] = []
     with engine_fleet(FILE, changed, FLEET, folder) as fleet:
         fleet.pin_gateway(gateway_cores)
+        idle_share = _idle_share(fleet)
         for repeat in range(repeats):
             console.print(f"real users, run {repeat + 1} of {repeats}", highlight=False)
-            measured.append(run(changed, url=fleet.url, replica_urls=fleet.replica_urls))
+            each = [_run(changed, load, fleet, idle_share) for load in loads(changed.workload)]
+            measured.append(replace(each[0][0], runs=[record for result, _ in each for record in result.runs]))
+            cpu_s.append([spent_s for _, spent_s in each])
         engine_times = fleet.engine_times()
     return Truth(
         figures=judged(compare(predicted, bounds, measured, FLEET, changed.check)),
         stations=list(stations(predicted, measured, engine_times)),
         router=router,
         front_end=front_end,
+        cpu=[
+            (record.load, _router_cpu_s(record), float(spent_s))
+            for record, spent_s in zip(predicted.runs, np.mean(cpu_s, axis=0), strict=True)
+        ],
         notes=_notes(measured),
     )
+
+
+def _idle_share(fleet: EngineFleet) -> float:
+    """CPU seconds a second of a gateway without requests."""
+    before_s = fleet.gateway.cpu_s()
+    sleep(IDLE_S)
+    return (fleet.gateway.cpu_s() - before_s) / IDLE_S
+
+
+def _run(file: LoadedFleetFile, load: float, fleet: EngineFleet, idle_share: float) -> tuple[Result, float]:
+    """Run one load; return its result and the gateway's CPU seconds a request."""
+    began_s, before_s = monotonic(), fleet.gateway.cpu_s()
+    result = run(file, users=[int(load)], url=fleet.url, replica_urls=fleet.replica_urls)
+    spent_s = fleet.gateway.cpu_s() - before_s - idle_share * (monotonic() - began_s)
+    return result, spent_s / len(result.runs[0].requests["status"])
+
+
+def _router_cpu_s(record: RunRecord) -> float:
+    """Simulated CPU seconds a request: the router's busy time over the requests answered meanwhile."""
+    assert record.router is not None
+    busy_s = record.router.utilization * (record.window_s[1] - record.window_s[0])
+    return busy_s / float(completed_in_window(record).sum())
 
 
 def stations(

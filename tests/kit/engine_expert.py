@@ -1,6 +1,6 @@
 """A stand-in for one vLLM server whose engine is known exactly: the simulator's own, in real time.
 
-    python -m tests.kit.engine_expert --port P FILE EXPERT [--time-factor F]
+    python -m tests.kit.engine_expert --port P FILE EXPERT
 
 Batches are those of ``sim.engine`` and an iteration lasts what the expert's service curve says, from the end of the one
 before; only then are its tokens written. The tokenizer is the expert's. So of everything that a user of it waits for,
@@ -24,7 +24,6 @@ from sim.engine import Batch, Engine, EngineRequest
 from sim.fleet import Expert
 from sim.fleet_file import load_fleet
 from sim.resolve import resolve_expert
-from sim.service_curve import ScaledCurve, ServiceCurve
 from sim.spec import ExpertSpec
 from tests.kit.mock_expert import Behaviour, Connection, MockExpert, StreamedAnswer
 from tests.kit.precise_timer import PreciseTimer
@@ -51,10 +50,10 @@ class EngineExpertRequest(EngineRequest):
 class RealTimeEngine:
     """The engine, its clock, and sums of where requests spent their time, by the engine's own account."""
 
-    def __init__(self, expert: Expert, curve: ServiceCurve, log: Path | None) -> None:
+    def __init__(self, expert: Expert, log: Path | None) -> None:
         self._log = None if log is None else os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         self._settings = expert.engine
-        self._curve = curve
+        self._curve = expert.curve
         self._engine: Engine[EngineExpertRequest] = Engine(expert.engine)
         self._batch: Batch[EngineExpertRequest] | None = None
         self._end_s = 0.0  # of the iteration under way, by the curve
@@ -164,14 +163,11 @@ class EngineConnection(Connection):
             super().on_message_complete()
 
 
-async def serve(
-    port: int, name: str, spec: ExpertSpec, time_factor: float, log: Path | None, order: Path | None
-) -> None:
+async def serve(port: int, name: str, spec: ExpertSpec, log: Path | None, order: Path | None) -> None:
     """Listen until the process ends."""
     expert = resolve_expert(name, spec)
-    curve = expert.curve if time_factor == 1 else ScaledCurve(expert.curve, time_factor)
     tokenizer = load_tokenizer(spec)
-    mock = MockExpert(name, RealTimeEngine(expert, curve, log), Behaviour(late_head=True), None)
+    mock = MockExpert(name, RealTimeEngine(expert, log), Behaviour(late_head=True), None)
     mock.count = lambda text: len(tokenizer.encode(text).ids)
     if order is not None:
         print("loaded", flush=True)
@@ -196,14 +192,13 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("expert")
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--time-factor", type=float, default=1.0, help="on every iteration's time")
     parser.add_argument("--log", type=Path, help="gets a JSON line a request, [id, times], see read_log")
     parser.add_argument("--order", type=Path, help="listen only when this file is there, at its time.monotonic()")
     arguments = parser.parse_args()
     fleet = next(iter(load_fleet(arguments.file).fleets.values()))
     sys.setswitchinterval(0.01)
     spec = fleet.experts[arguments.expert]
-    uvloop.run(serve(arguments.port, arguments.expert, spec, arguments.time_factor, arguments.log, arguments.order))
+    uvloop.run(serve(arguments.port, arguments.expert, spec, arguments.log, arguments.order))
 
 
 if __name__ == "__main__":

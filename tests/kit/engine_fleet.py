@@ -23,7 +23,6 @@ class EngineExpert(Process):
         name: str,
         *,
         port: int | None = None,
-        time_factor: float = 1.0,
         log: Path | None = None,
         order: Path | None = None,
     ) -> None:
@@ -31,7 +30,7 @@ class EngineExpert(Process):
         self.port = port or free_port()
         self.log = log
         self.order = order
-        arguments = [str(file), name, "--port", str(self.port), "--time-factor", str(time_factor)]
+        arguments = [str(file), name, "--port", str(self.port)]
         for option, path in (("--log", log), ("--order", order)):
             arguments += [option, str(path)] if path is not None else []
         super().__init__("tests.kit.engine_expert", *arguments)
