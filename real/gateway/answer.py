@@ -63,7 +63,7 @@ def answer_whole(
     """Send an answer of the gateway's own, in JSON; None for what could not be read as a request."""
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     connection.begin_answer()
-    connection.transport.write(
+    connection.finish(
         b"%bContent-Type: application/json\r\n%bContent-Length: %d\r\n%b\r\n%b"
         % (
             _begin_head(status),
@@ -80,18 +80,22 @@ class Answer:
 
     Attributes:
         events: follows the stream, when it is one.
+        is_chunked: whether the body goes out in chunks.
     """
 
-    __slots__ = ("_chunked", "_old", "_transport", "connection", "events")
+    __slots__ = ("_last", "_old", "_transport", "connection", "events", "is_chunked")
 
     def __init__(self, connection: ClientConnection, request: Request) -> None:
         self.connection = connection
         self._transport = connection.transport
         self._old = request.is_old
-        self._chunked = False
+        self.is_chunked = False
         self.events: EventStream | None = None
+        self._last = b""
 
-    def start(self, status: int, own: str, headers: Iterable[tuple[bytes, bytes]], first: bytes) -> None:
+    def start(
+        self, status: int, own: str, headers: Iterable[tuple[bytes, bytes]], first: bytes, *, whole: bool
+    ) -> None:
         """Send status, headers and the body's first bytes in one go.
 
         Args:
@@ -99,6 +103,7 @@ class Answer:
             own: header lines of the gateway's.
             headers: of the expert's answer, names in lower case; those of its connection stay there.
             first: what has come of the body.
+            whole: whether that is all of it; then everything goes out with its end.
         """
         headers = list(headers)
         named = {word.strip().lower() for name, value in headers if name == b"connection" for word in value.split(b",")}
@@ -118,7 +123,7 @@ class Answer:
         elif self._old:
             self.connection.stays_open = False  # its end is the body's
         else:
-            self._chunked = True
+            self.is_chunked = True
             head.append(b"Transfer-Encoding: chunked\r\n")
         if not self.connection.stays_open:
             head.append(b"Connection: close\r\n")
@@ -128,36 +133,36 @@ class Answer:
         if first:
             head.append(self._framed(first))
         self.connection.begin_answer()
-        self._transport.write(b"".join(head))
+        if whole:
+            self._last = b"".join(head)
+        else:
+            self._transport.write(b"".join(head))
 
     def write(self, data: bytes) -> None:
         """Pass on bytes of the body. How fast is the caller's care: see ``ClientConnection.on_pause``."""
         if self.events is not None:
             data = self.events.whole(data)
-        if data:
-            self._write(self._framed(data))
+        if data and not self._transport.is_closing():
+            self._transport.write(self._framed(data))
 
-    def pass_on_rest(self) -> None:
-        """Pass on what follows the last whole event."""
-        if self.events is not None and (rest := self.events.remainder()):
-            self._write(self._framed(rest))
+    def add_last(self, data: bytes) -> None:
+        """Take the last bytes of the body; they go out with its end."""
+        if self.events is not None:
+            data = self.events.whole(data) + self.events.remainder()
+        if data:
+            self._last += self._framed(data)
 
     def end(self) -> None:
         """End the body."""
-        if self._chunked:
-            self._write(_LAST_CHUNK)
+        self.connection.finish(self._last + _LAST_CHUNK if self.is_chunked else self._last)
 
     def break_off(self, status: int, message: str) -> None:
         """End an answer that cannot go on: by an error event in a stream, by a cut in anything else."""
         if self.events is not None:
-            self._write(self._framed(error_event(status, message)))
+            self._last += self._framed(error_event(status, message))
             self.end()
         else:
             self._transport.abort()
 
     def _framed(self, data: bytes) -> bytes:
-        return b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data
-
-    def _write(self, data: bytes) -> None:
-        if not self._transport.is_closing():
-            self._transport.write(data)
+        return b"%x\r\n%b\r\n" % (len(data), data) if self.is_chunked else data

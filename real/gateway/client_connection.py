@@ -42,6 +42,7 @@ class ClientConnection(asyncio.Protocol):
     __slots__ = (
         "_begun",
         "_ending",
+        "_final",
         "_idle_since_s",
         "_last_words",
         "_late",
@@ -76,6 +77,7 @@ class ClientConnection(asyncio.Protocol):
         self._last_words: Refusal | None = None
         self._readable = True
         self._begun = self._ending = False
+        self._final = b""
         self._idle_since_s = 0.0
         self._unsent = 0
         self._late: asyncio.TimerHandle | None = None
@@ -177,7 +179,7 @@ class ClientConnection(asyncio.Protocol):
                 self.transport.abort()
             else:
                 self._refuse(Refusal("defect", 500, "internal error of the gateway"))
-        self._end(request)
+        self._end()
 
     def begin_answer(self) -> None:
         """Note that an answer's head is being written; what has not arrived of the request by now is not waited for."""
@@ -185,12 +187,22 @@ class ClientConnection(asyncio.Protocol):
         if self._request is not None and not self._request.is_here:
             self.stays_open = False
 
-    def _end(self, request: Request) -> None:
+    def finish(self, data: bytes) -> None:
+        """Send the end of the answer, as soon as the request has been accounted for."""
+        self._final = data
+
+    def _flush(self) -> None:
+        data, self._final = self._final, b""
+        if data and not self.transport.is_closing():
+            self.transport.write(data)
+
+    def _end(self) -> None:
         """Go on to the next request; what is not sent yet must be read in time all the same."""
         self._request = self._task = None
         self.on_pause = self.on_resume = None
         if self._ending or self.transport.is_closing():
             return
+        self._flush()
         self._unsent = self.transport.get_write_buffer_size()
         self._idle_since_s = self._loop.time()
         if not self.stays_open:
@@ -210,6 +222,7 @@ class ClientConnection(asyncio.Protocol):
         """Say what could not be read, as the last thing."""
         self.stays_open = False
         self._server.refuse(self, self._request, refusal)
+        self._flush()
         if self._request is None:
             self._leave()
 

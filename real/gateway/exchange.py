@@ -7,10 +7,15 @@ and nothing goes through a queue. When the client reads too slowly, its connecti
 import asyncio
 from collections.abc import Callable
 
+import httptools
+
 from real.gateway.answer import Answer
+from real.gateway.event_stream import EventStream
 from real.gateway.replica_connection import ReplicaConnection
+from real.gateway.response_body import ChunkedBody, MalformedBodyError, ResponseBody, body_of
 from sim.serve_spec import TimeoutSpec
 
+_MOST_HEAD_BYTES = 2**16
 _GRACE_S = 0.02
 """When a limit has passed, the loop gets some more turns before the expert is blamed: a turn looks at its clock before
 it looks at its sockets, so after a long turn an answer may lie there that came in time."""
@@ -39,10 +44,14 @@ class Exchange:
 
     __slots__ = (
         "_answer",
+        "_body",
+        "_client",
         "_connection",
         "_deadline_s",
         "_done",
         "_error",
+        "_events",
+        "_head",
         "_heard_s",
         "_loop",
         "_on_free",
@@ -74,8 +83,12 @@ class Exchange:
         self._loop = connection.loop
         self._heard_s = self._loop.time()
         self._suspected_s = -1.0
+        self._head = b""
+        self._body: ResponseBody | None = None
         self._pieces: list[bytes] = []
         self._answer: Answer | None = None
+        self._events: EventStream | None = None  # while the next byte begins a chunk and an event of a relayed stream
+        self._client: asyncio.Transport | None = None
         self._started = self._done = self._paused = False
         self._error: str | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -88,38 +101,76 @@ class Exchange:
 
     # ------------------------------------------------------------------------------------- what the connection calls
 
+    def receive(self, data: bytes) -> None:
+        """Take bytes of the answer."""
+        if self._events is not None and self._events.is_chunk(data):
+            client = self._client
+            assert client is not None
+            self._replica.heard_s = self._heard_s = self._loop.time()
+            if not client.is_closing():
+                client.write(data)
+            return
+        try:
+            self._read(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade, MalformedBodyError):
+            self.fail("reset")
+
+    def _read(self, data: bytes) -> None:
+        body = self._body
+        if body is None:
+            body, data = self._read_head(data)
+            if body is None:
+                return
+        data = body.feed(data)
+        if data:
+            self._pieces.append(data)
+            self._replica.heard_s = self._heard_s = self._loop.time()
+        if body.done:
+            self._complete(body)
+        elif data:
+            self._pass_on()
+
+    def _read_head(self, data: bytes) -> tuple[ResponseBody | None, bytes]:
+        """Read on in the head; return the body that follows it, once that is known, and its first bytes."""
+        data = self._head + data
+        while (end := data.find(b"\r\n\r\n") + 4) > 3:
+            self.headers.clear()
+            parser = httptools.HttpResponseParser(self)
+            parser.feed_data(data[:end])
+            data = data[end:]
+            self.status = parser.get_status_code()
+            if self.status >= 200:  # or else it is an interim answer: the real one follows
+                self._connection.stays_open = parser.should_keep_alive()
+                self._body = body_of(self.status, self.headers)
+                return self._body, data
+        if len(data) > _MOST_HEAD_BYTES:
+            raise MalformedBodyError
+        self._head = data
+        return None, b""
+
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Keep a header."""
+        """Keep a header: what the parser calls."""
         self.headers.append((name.lower(), value))
 
-    def on_headers_complete(self) -> None:
-        """Keep the status."""
-        self.status = self._connection.parser.get_status_code()
-
-    def on_body(self, data: bytes) -> None:
-        """Keep a piece of the body until all that has been received is parsed: one write for several chunks."""
-        self._pieces.append(data)
-
-    def pass_on(self) -> None:
+    def _pass_on(self) -> None:
         """Pass on what has come, once the client's answer has begun."""
-        if not self._pieces:
-            return
-        self._replica.heard_s = self._heard_s = self._loop.time()
-        if self._answer is not None:
-            self._answer.write(self.take())
+        answer = self._answer
+        if answer is not None:
+            answer.write(self.take())
+            events, body = answer.events, self._body
+            relays = events is not None and answer.is_chunked and events.is_between
+            self._events = events if relays and isinstance(body, ChunkedBody) and body.between else None
         elif not self._started:
             self._started = True
             self._wake()
 
-    def on_message_complete(self) -> None:
+    def _complete(self, body: ResponseBody) -> None:
         """End well; the connection is free for the next request."""
-        if self.status < 200:
-            self.headers.clear()  # an interim answer: the real one follows
-            return
         self._done = self._started = True
+        self._events = None
         connection = self._connection
         connection.exchange = None
-        if connection.parser.should_keep_alive() and not self._paused:
+        if connection.stays_open and not self._paused and not body.rest:
             self._on_free(connection)
         else:
             connection.abort()
@@ -147,6 +198,7 @@ class Exchange:
         if self._done:
             return
         self._done, self._error = True, kind
+        self._events = None
         self._connection.exchange = None
         self._connection.abort()
         self._wake()
@@ -167,23 +219,28 @@ class Exchange:
             await self._wait()
         self._raise_error()
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the answer has ended."""
+        return self._done
+
     def take(self) -> bytes:
-        """Return what has come of the body so far."""
+        """Return what has come of the body so far and has not been passed on."""
         pieces = self._pieces
         data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         pieces.clear()
         return data
 
     async def relay(self, answer: Answer) -> None:
-        """Pass the body on until its end.
+        """Pass the body on until its end; what comes last of all is left to be taken.
 
         Raises:
             UpstreamError: it did not end well.
         """
         client = answer.connection
         client.on_pause, client.on_resume = self._pause, self._resume
+        self._client = client.transport
         self._answer = answer
-        self.pass_on()
         if client.writing_paused:
             self._pause()
         while not self._done:

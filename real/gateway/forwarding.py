@@ -216,13 +216,14 @@ class Forwarding:
         self.admission.hand_out()
 
     async def _relay(self, answer: Answer, outcome: Outcome, exchange: Exchange, replica: Replica) -> None:
-        answer.start(exchange.status, _own_headers(outcome), exchange.headers, exchange.take())
+        first, whole = exchange.take(), exchange.is_done
+        answer.start(exchange.status, _own_headers(outcome), exchange.headers, first, whole=whole)
         outcome.status = exchange.status
         outcome.ttft_s = time.monotonic() - outcome.arrived_s
         events = None
         try:
             await exchange.relay(answer)
-            answer.pass_on_rest()
+            answer.add_last(exchange.take())
             events = answer.events
             if events is not None and exchange.status == HTTPStatus.OK and not events.is_done:
                 raise UpstreamError("no_done")

@@ -3,8 +3,6 @@
 import asyncio
 from typing import TYPE_CHECKING, cast
 
-import httptools
-
 from real.gateway.replicas import Replica
 
 if TYPE_CHECKING:
@@ -17,12 +15,12 @@ class ReplicaConnection(asyncio.Protocol):
     Attributes:
         replica: where it leads.
         exchange: the request under way.
-        parser: of its answer.
+        stays_open: whether the replica keeps it open after the answer under way.
         lost: whether it can no longer be used.
         idle_since_s: when its last request ended.
     """
 
-    __slots__ = ("_timer", "_timer_s", "exchange", "idle_since_s", "loop", "lost", "parser", "replica", "transport")
+    __slots__ = ("_timer", "_timer_s", "exchange", "idle_since_s", "loop", "lost", "replica", "stays_open", "transport")
 
     transport: asyncio.Transport
 
@@ -31,6 +29,7 @@ class ReplicaConnection(asyncio.Protocol):
         self.loop = asyncio.get_running_loop()
         self.exchange: Exchange | None = None
         self.lost = False
+        self.stays_open = True
         self.idle_since_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._timer_s = 0.0
@@ -48,7 +47,6 @@ class ReplicaConnection(asyncio.Protocol):
 
     def begin(self, exchange: "Exchange", wire: bytes) -> None:
         """Send a request."""
-        self.parser = httptools.HttpResponseParser(exchange)
         self.exchange = exchange
         if self.lost or self.transport.is_closing():  # since it was made, or taken from those kept
             exchange.fail("reset")
@@ -61,13 +59,7 @@ class ReplicaConnection(asyncio.Protocol):
         if exchange is None:
             self.abort()
             return
-        try:
-            self.parser.feed_data(data)
-            exchange.pass_on()
-        except httptools.HttpParserError:
-            exchange.pass_on()
-            exchange.fail("reset")
-            self.abort()
+        exchange.receive(data)
 
     def look_at(self, due_s: float) -> None:
         """Have the request under way look at its clock at some time, or earlier.
