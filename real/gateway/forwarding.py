@@ -16,8 +16,7 @@ from real.gateway.error_events import Refusal
 from real.gateway.exchange import Exchange, UpstreamError
 from real.gateway.ledger import Ledger
 from real.gateway.metrics import GatewayMetrics, Outcome
-from real.gateway.replica_health import State
-from real.gateway.replicas import Replica, Routing, Wish
+from real.gateway.replicas import Place, Replica, Routing, Wish
 from real.gateway.request_parser import Request
 from real.gateway.upstream import Upstream
 from real.gateway.wishes import CLASS_HEADER, Wishes
@@ -128,58 +127,53 @@ class Forwarding:
         deadline_s: float,
     ) -> None:
         asked_s = time.monotonic()
-        replica = await self.admission.place(wish)
+        place = await self.admission.place(wish)
         outcome.queue_s = time.monotonic() - asked_s
         exchange: Exchange | None = None
-        on_trial = replica.health.state is State.TRIAL  # then this request is what tries it
         retrying = False
         try:
             try:
-                exchange = await self._send(request, completion, outcome, replica, deadline_s)
-                other = self._another(wish, replica) if exchange.status in _WORTH_A_RETRY else None
+                exchange = await self._send(request, completion, outcome, place, deadline_s)
+                other = self._another(wish, place.replica) if exchange.status in _WORTH_A_RETRY else None
             except UpstreamError as error:
-                other = None if error.kind == "total_timeout" else self._another(wish, replica)
+                other = None if error.kind == "total_timeout" else self._another(wish, place.replica)
                 if other is None:
                     raise
             if other is not None:
                 if exchange is not None:
                     exchange.close()
                     exchange = None
-                self._leave(replica, on_trial)
-                replica, on_trial, retrying = other, other.health.state is State.TRIAL, True
+                self.admission.release(place)
+                place, retrying = other, True
                 self._retrying += 1
                 self._metrics.retry()
-                exchange = await self._send(request, completion, outcome, replica, deadline_s)
+                exchange = await self._send(request, completion, outcome, place, deadline_s)
             assert exchange is not None
-            await self._relay(Answer(connection, request), outcome, exchange, replica)
+            await self._relay(Answer(connection, request), outcome, exchange, place)
         except UpstreamError as error:
             raise _refusal(error.kind) from None
         finally:
             self._retrying -= retrying
             if exchange is not None:
                 exchange.close()
-            self._leave(replica, on_trial)
+            self.admission.release(place)
 
-    def _another(self, wish: Wish, besides: Replica) -> Replica | None:
-        """A replica for a second try, if the budget for these allows one more."""
+    def _another(self, wish: Wish, besides: Replica) -> Place | None:
+        """A place for a second try, if the budget for these allows one more."""
         if self._retry_share == 0 or self._retrying >= max(1.0, self._retry_share * self.ledger.open):
             return None
         return self.admission.another(wish, besides)
-
-    def _leave(self, replica: Replica, on_trial: bool) -> None:
-        if on_trial:
-            replica.health.trial_undecided()
-        self.admission.release(replica)
 
     async def _send(
         self,
         request: Request,
         completion: CompletionRequest,
         outcome: Outcome,
-        replica: Replica,
+        place: Place,
         deadline_s: float,
     ) -> Exchange:
         """Send the request to a replica, wait for its answer's first byte, and note what that says about it."""
+        replica = place.replica
         expert = self._config.experts[replica.expert]
         outcome.expert, outcome.replica = expert.name, replica.index
         outcome.chosen_s = time.monotonic()
@@ -194,28 +188,29 @@ class Forwarding:
                 replica, request.path, headers, completion.for_model(expert.served_model), deadline_s
             )
         except UpstreamError as error:
-            self._note_failure(replica, error.kind)
+            self._note_failure(place, error.kind)
             raise
         if exchange.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-            replica.health.server_error(self._clock())
+            replica.health.server_error(place.epoch, self._clock())
         elif exchange.status < HTTPStatus.BAD_REQUEST:
-            replica.health.answered(self._clock())
+            replica.health.answered(place.epoch, self._clock())
         return exchange
 
-    def _note_failure(self, replica: Replica, kind: str) -> None:
+    def _note_failure(self, place: Place, kind: str) -> None:
         """Take a replica out that cannot be reached or is silent; not one that is slow while it answers others.
 
         A broken answer counts like a 5xx: a few in a row are needed, because one request alone may be to blame.
         """
         now_s = self._clock()
-        silent = now_s - replica.heard_s > self._config.serve.health.interval_s
+        health = place.replica.health
+        silent = now_s - place.replica.heard_s > self._config.serve.health.interval_s
         if kind == "connect_failed" or (kind in ("first_byte_timeout", "idle_timeout") and silent):
-            replica.health.failed(now_s)
+            health.failed(place.epoch, now_s)
         elif kind in ("reset", "no_done"):
-            replica.health.server_error(now_s)
+            health.server_error(place.epoch, now_s)
         self.admission.hand_out()
 
-    async def _relay(self, answer: Answer, outcome: Outcome, exchange: Exchange, replica: Replica) -> None:
+    async def _relay(self, answer: Answer, outcome: Outcome, exchange: Exchange, place: Place) -> None:
         first, whole = exchange.take(), exchange.is_done
         answer.start(exchange.status, _own_headers(outcome), exchange.headers, first, whole=whole)
         outcome.status = exchange.status
@@ -228,7 +223,7 @@ class Forwarding:
             if events is not None and exchange.status == HTTPStatus.OK and not events.is_done:
                 raise UpstreamError("no_done")
         except UpstreamError as error:
-            self._note_failure(replica, error.kind)
+            self._note_failure(place, error.kind)
             outcome.outcome = error.kind
             answer.break_off(*_FAILURES[error.kind])
         except asyncio.CancelledError:
@@ -245,7 +240,7 @@ class Forwarding:
             elif exchange.status >= HTTPStatus.BAD_REQUEST:
                 outcome.outcome = "client_error"
             else:
-                replica.health.completed()
+                place.replica.health.completed(place.epoch)
         finally:
             if answer.events is not None:
                 outcome.chunks = answer.events.chunks

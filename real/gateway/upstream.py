@@ -48,7 +48,11 @@ class Upstream:
         return exchange
 
     async def healthy(self, replica: Replica, timeout_s: float) -> bool | None:
-        """Whether a replica calls itself healthy, on a connection of its own; None when it does not say in time."""
+        """Whether a replica calls itself healthy, on a connection of its own; None when it does not say in time.
+
+        Raises:
+            UpstreamError: ``no_descriptor``: it could not be asked.
+        """
         self._close_old(replica)
         try:
             connection = await self._connect(replica, min(timeout_s, self._timeouts.connect_s))
@@ -61,7 +65,9 @@ class Upstream:
             finally:
                 exchange.close()
         except UpstreamError as error:
-            return None if error.kind in ("first_byte_timeout", "no_descriptor") else False
+            if error.kind == "no_descriptor":
+                raise
+            return None if error.kind == "first_byte_timeout" else False
         return exchange.status == 200
 
     async def _connect(self, replica: Replica, longest_s: float) -> ReplicaConnection:
