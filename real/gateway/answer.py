@@ -1,7 +1,6 @@
 """Answers on their way to a client: an expert's, passed on as it comes, and the gateway's own."""
 
 import time
-from collections.abc import Iterable
 from email.utils import formatdate
 from http import HTTPStatus
 
@@ -70,7 +69,7 @@ def answer_whole(
             lines.encode(),
             len(body),
             b"" if connection.stays_open else b"Connection: close\r\n",
-            b"" if request is not None and request.method == "HEAD" else body,
+            b"" if request is not None and request.method == b"HEAD" else body,
         )
     )
 
@@ -93,9 +92,7 @@ class Answer:
         self.events: EventStream | None = None
         self._last = b""
 
-    def start(
-        self, status: int, own: str, headers: Iterable[tuple[bytes, bytes]], first: bytes, *, whole: bool
-    ) -> None:
+    def start(self, status: int, own: str, headers: list[tuple[bytes, bytes]], first: bytes, *, whole: bool) -> None:
         """Send status, headers and the body's first bytes in one go.
 
         Args:
@@ -105,14 +102,16 @@ class Answer:
             first: what has come of the body.
             whole: whether that is all of it; then everything goes out with its end.
         """
-        headers = list(headers)
-        named = {word.strip().lower() for name, value in headers if name == b"connection" for word in value.split(b",")}
+        dropped = _NOT_PASSED_ON
+        for name, value in headers:
+            if name == b"connection":
+                dropped |= {word.strip().lower() for word in value.split(b",")}
         length: bytes | None = None
         head = [_begin_head(status), own.encode()]
         for name, value in headers:
             if name == b"content-length":
                 length = value
-            elif name not in _NOT_PASSED_ON and name not in named:
+            elif name not in dropped:
                 head.append(b"%b: %b\r\n" % (name, value))
                 if name == b"content-type" and value.startswith(b"text/event-stream"):
                     self.events = EventStream()

@@ -18,7 +18,7 @@ from real.gateway.metrics import Outcome
 from real.gateway.request_parser import Request, too_large
 
 _Handler = Callable[[Request, ClientConnection], Awaitable[None]]
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+COMPLETIONS, CHAT = b"/v1/completions", b"/v1/chat/completions"
 _DRAINING_RETRY_S = 1.0
 
 
@@ -37,22 +37,22 @@ class GatewayApp:
         self._most_body_bytes = config.serve.limits.max_body_bytes
         self._started = int(time.time())
         self.draining = False
-        self._routes: dict[str, tuple[str, _Handler]] = {
-            COMPLETIONS: ("POST", self._ledgered),
-            CHAT: ("POST", self._ledgered),
-            "/v1/models": ("GET", self._models),
-            "/health": ("GET", self._health),
-            "/ready": ("GET", self._ready),
+        self._routes: dict[bytes, tuple[bytes, _Handler]] = {
+            COMPLETIONS: (b"POST", self._ledgered),
+            CHAT: (b"POST", self._ledgered),
+            b"/v1/models": (b"GET", self._models),
+            b"/health": (b"GET", self._health),
+            b"/ready": (b"GET", self._ready),
         }
 
     async def handle(self, request: Request, connection: ClientConnection) -> None:
         """Answer one request."""
         try:
-            method, handler = self._routes.get(request.path, ("", None))
+            method, handler = self._routes.get(request.path, (b"", None))
             if handler is None:
                 raise Refusal("client_error", 404, "there is no such path here")
             if request.method != method:
-                raise Refusal("client_error", 405, f"this path takes {method} only")
+                raise Refusal("client_error", 405, f"this path takes {method.decode()} only")
             await handler(request, connection)
         except Refusal as refusal:
             refuse(connection, request, refusal)
@@ -81,21 +81,23 @@ class GatewayApp:
         if self.draining:
             raise Refusal("draining", 503, "this gateway is about to stop", retry_after_s=_DRAINING_RETRY_S)
         self._authorise(request)
-        completion = parse_completion(await self._body(request, connection), chat=request.path == CHAT)
+        if request.headers.get(b"content-encoding", b"identity").lower() != b"identity":
+            raise Refusal("client_error", 415, "compressed bodies are not taken")
+        if not request.is_here:
+            await self._arrive(request, connection)
+        completion = parse_completion(request.body, chat=request.path == CHAT)
         await self._forwarding.forward(request, connection, completion, outcome)
 
     def _authorise(self, request: Request) -> None:
-        if self._keys and not self._keys.accept(request.header(b"authorization")):
+        if not self._keys.accept(request.headers.get(b"authorization")):
             raise Refusal("unauthorized", 401, "an API key is needed: Authorization: Bearer KEY")
 
-    async def _body(self, request: Request, connection: ClientConnection) -> bytes:
+    async def _arrive(self, request: Request, connection: ClientConnection) -> None:
         if request.promised_bytes > self._most_body_bytes:
             raise too_large(self._most_body_bytes)
-        if request.headers.get(b"content-encoding", b"identity").lower() != b"identity":
-            raise Refusal("client_error", 415, "compressed bodies are not taken")
-        if request.goes_on and not request.is_here:
+        if request.asks_first:
             connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return await request.body()
+        await request.arrive()
 
     async def _models(self, request: Request, connection: ClientConnection) -> None:
         self._authorise(request)

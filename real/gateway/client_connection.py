@@ -105,8 +105,7 @@ class ClientConnection(asyncio.Protocol):
         self.on_pause = self.on_resume = None
         self._ending = True
         self._server.connections.discard(self)
-        if self._task is not None:
-            self._task.cancel()
+        self.cancel()
 
     # ------------------------------------------------------------------------------------------------- requests in
 
@@ -121,7 +120,8 @@ class ClientConnection(asyncio.Protocol):
         else:
             if self._waiting:  # no more of them before these have been answered
                 self.transport.pause_reading()
-        self._watch_arrival()
+        if self._late is not None or self._parser.partial is not None:
+            self._watch_arrival()
 
     def _arrive(self, request: Request) -> None:
         if self._request is None:
@@ -181,6 +181,11 @@ class ClientConnection(asyncio.Protocol):
                 self._refuse(Refusal("defect", 500, "internal error of the gateway"))
         self._end()
 
+    def cancel(self) -> None:
+        """Break off the request that is being answered."""
+        if self._task is not None:
+            self._task.cancel()
+
     def begin_answer(self) -> None:
         """Note that an answer's head is being written; what has not arrived of the request by now is not waited for."""
         self._begun = True
@@ -216,7 +221,8 @@ class ClientConnection(asyncio.Protocol):
                 self.transport.resume_reading()
         elif self._last_words is not None:
             self._refuse(self._last_words)
-        self._watch_arrival()
+        if self._parser.partial is not None:
+            self._watch_arrival()
 
     def _refuse(self, refusal: Refusal) -> None:
         """Say what could not be read, as the last thing."""

@@ -157,12 +157,17 @@ class Exchange:
         answer = self._answer
         if answer is not None:
             answer.write(self.take())
-            events, body = answer.events, self._body
-            relays = events is not None and answer.is_chunked and events.is_between
-            self._events = events if relays and isinstance(body, ChunkedBody) and body.between else None
+            self._find_events()
         elif not self._started:
             self._started = True
             self._wake()
+
+    def _find_events(self) -> None:
+        """See whether the next bytes may be a chunk that can go on as it is."""
+        answer, body, events = self._answer, self._body, None
+        if answer is not None and answer.is_chunked and isinstance(body, ChunkedBody) and body.between:
+            events = answer.events
+        self._events = events if events is not None and events.is_between else None
 
     def _complete(self, body: ResponseBody) -> None:
         """End well; the connection is free for the next request."""
@@ -215,9 +220,11 @@ class Exchange:
         Raises:
             UpstreamError: there is none.
         """
-        while not self._started and not self._done:
-            await self._wait()
-        self._raise_error()
+        if not self._started and not self._done:
+            self._waiter = self._loop.create_future()
+            await self._waiter
+        if self._error is not None:
+            raise UpstreamError(self._error)
 
     @property
     def is_done(self) -> bool:
@@ -243,17 +250,12 @@ class Exchange:
         self._answer = answer
         if client.writing_paused:
             self._pause()
-        while not self._done:
-            await self._wait()
-        self._raise_error()
-
-    def _raise_error(self) -> None:
+        if not self._done:
+            self._find_events()
+            self._waiter = self._loop.create_future()
+            await self._waiter
         if self._error is not None:
             raise UpstreamError(self._error)
-
-    async def _wait(self) -> None:
-        self._waiter = self._loop.create_future()
-        await self._waiter
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

@@ -3,8 +3,7 @@
 import asyncio
 import re
 import time
-from http import HTTPStatus
-from typing import Any, Final
+from typing import Final
 
 from real.gateway.admission import Admission
 from real.gateway.answer import Answer
@@ -23,8 +22,9 @@ from real.gateway.wishes import CLASS_HEADER, Wishes
 from sim.spec import ALL_EXPERTS
 
 _CLASS_HEADER: Final = CLASS_HEADER.encode()
-_PASSED_ON: Final = ("accept", "traceparent", "tracestate")
-_HEADER_VALUE: Final = re.compile(r"[\x20-\x7e]{1,1024}")
+_PASSED_ON: Final = (b"accept", b"traceparent", b"tracestate")
+_HEADER_VALUE: Final = re.compile(rb"[\x20-\x7e]{1,1024}")
+_OK, _CLIENT_ERROR, _SERVER_ERROR = 200, 400, 500
 _WORTH_A_RETRY: Final = frozenset((500, 502, 503, 504))
 
 _FAILURES: Final[dict[str, tuple[int, str]]] = {
@@ -77,7 +77,7 @@ class Forwarding:
             on_queued=lambda line, depth: metrics.queue(lines[line], depth),
         )
         self._retrying = 0
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._clients: set[ClientConnection] = set()
         self._stopped = False
         self.ledger = Ledger(metrics, config.request_log)
 
@@ -89,8 +89,8 @@ class Forwarding:
     def stop(self) -> None:
         """Break off every request that is under way, as at the end of a drain."""
         self._stopped = True
-        for task in self._tasks:
-            task.cancel()
+        for connection in self._clients:
+            connection.cancel()
 
     # ------------------------------------------------------------------------------------------------ one request
 
@@ -102,20 +102,25 @@ class Forwarding:
         Raises:
             Refusal: it gets none.
         """
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
+        self._clients.add(connection)
         try:
             deadline_s = self._clock() + self._timeouts.total_s - (time.monotonic() - outcome.arrived_s)
             wish = await self._wishes.of(completion, request.header(_CLASS_HEADER), outcome)
             await self._answer(request, connection, completion, outcome, wish, deadline_s)
         except asyncio.CancelledError:
-            if self._stopped and not connection.transport.is_closing():
-                task.uncancel()
+            if self._survives(connection):
                 raise _refusal("drained") from None
             raise
         finally:
-            self._tasks.discard(task)
+            self._clients.discard(connection)
+
+    def _survives(self, connection: ClientConnection) -> bool:
+        """Whether a request that is being cancelled can still be answered: it is, when it was ``stop`` that did it."""
+        task = asyncio.current_task()
+        if not self._stopped or connection.transport.is_closing() or task is None:
+            return False
+        task.uncancel()
+        return True
 
     async def _answer(
         self,
@@ -178,11 +183,10 @@ class Forwarding:
         outcome.expert, outcome.replica = expert.name, replica.index
         outcome.chosen_s = time.monotonic()
         outcome.tries += 1
-        headers = {"content-type": "application/json", "x-request-id": outcome.request_id}
+        headers = f"content-type: application/json\r\nx-request-id: {outcome.request_id}\r\n".encode()
         for name in _PASSED_ON:
-            value = request.header(name.encode())
-            if value is not None and _HEADER_VALUE.fullmatch(value):
-                headers[name] = value
+            if name in request.headers and _HEADER_VALUE.fullmatch(request.headers[name]):
+                headers += b"%b: %b\r\n" % (name, request.headers[name])
         try:
             exchange = await self._upstream.send(
                 replica, request.path, headers, completion.for_model(expert.served_model), deadline_s
@@ -190,9 +194,9 @@ class Forwarding:
         except UpstreamError as error:
             self._note_failure(place, error.kind)
             raise
-        if exchange.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        if exchange.status >= _SERVER_ERROR:
             replica.health.server_error(place.epoch, self._clock())
-        elif exchange.status < HTTPStatus.BAD_REQUEST:
+        elif exchange.status < _CLIENT_ERROR:
             replica.health.answered(place.epoch, self._clock())
         return exchange
 
@@ -220,24 +224,22 @@ class Forwarding:
             await exchange.relay(answer)
             answer.add_last(exchange.take())
             events = answer.events
-            if events is not None and exchange.status == HTTPStatus.OK and not events.is_done:
+            if events is not None and exchange.status == _OK and not events.is_done:
                 raise UpstreamError("no_done")
         except UpstreamError as error:
             self._note_failure(place, error.kind)
             outcome.outcome = error.kind
             answer.break_off(*_FAILURES[error.kind])
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if not self._stopped or answer.connection.transport.is_closing() or task is None:
+            if not self._survives(answer.connection):
                 raise
-            task.uncancel()
             outcome.outcome = "drained"
             answer.break_off(*_FAILURES["drained"])
         else:
             answer.end()
-            if exchange.status >= HTTPStatus.INTERNAL_SERVER_ERROR or (events is not None and events.is_error):
+            if exchange.status >= _SERVER_ERROR or (events is not None and events.is_error):
                 outcome.outcome = "expert_error"
-            elif exchange.status >= HTTPStatus.BAD_REQUEST:
+            elif exchange.status >= _CLIENT_ERROR:
                 outcome.outcome = "client_error"
             else:
                 place.replica.health.completed(place.epoch)
@@ -261,5 +263,5 @@ def _own_headers(outcome: Outcome) -> str:
 
 def _refusal(kind: str) -> Refusal:
     status, message = _FAILURES[kind]
-    retry_after_s = 1.0 if status in (HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE) else None
+    retry_after_s = 1.0 if status in (502, 503) else None
     return Refusal(kind, status, message, retry_after_s=retry_after_s)

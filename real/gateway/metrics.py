@@ -79,9 +79,9 @@ class GatewayMetrics:
     def __init__(self) -> None:
         self._file = FiguresFile(Path(os.environ[FOLDER_VARIABLE]) / str(os.getpid()))
         self._rows: dict[tuple[str, ...], memoryview[float]] = {}
-        for name, metric in METRICS.items():
-            if not metric.labels:
-                self._row(name)
+        rows = {name: self._row(name) for name, metric in METRICS.items() if not metric.labels}
+        self._received, self._open = rows["requests_received"], rows["open_requests"]
+        self._classify, self._queued = rows["classify_seconds"], rows["queue_seconds"]
 
     def _row(self, *key: str) -> "memoryview[float]":
         """The numbers of a metric, by its name and labels; made when they are first asked for.
@@ -94,31 +94,26 @@ class GatewayMetrics:
             row = self._rows[key] = self._file.row(key[0], key[1:], len(bounds) + 2 if bounds else 1)
         return row
 
-    def _observe(self, bounds: tuple[float, ...], value_s: float, *key: str) -> None:
-        row = self._row(*key)
-        row[bisect_left(bounds, value_s)] += 1
-        row[-1] += value_s
-
     def begin(self) -> None:
         """Count a request in."""
-        self._row("requests_received")[0] += 1
-        self._row("open_requests")[0] += 1
+        self._received[0] += 1
+        self._open[0] += 1
 
     def end(self, outcome: Outcome, now_s: float) -> None:
         """Count a request out."""
         expert = outcome.expert
-        self._row("open_requests")[0] -= 1
+        self._open[0] -= 1
         self._row("requests", expert, outcome.class_name, outcome.outcome)[0] += 1
         if outcome.classify_s is not None:
-            self._observe(_SHORT_S, outcome.classify_s, "classify_seconds")
+            _observe(self._classify, _SHORT_S, outcome.classify_s)
         if outcome.queue_s is not None:
-            self._observe(_SHORT_S, outcome.queue_s, "queue_seconds")
+            _observe(self._queued, _SHORT_S, outcome.queue_s)
         if outcome.ttft_s is not None:
-            self._observe(_LONG_S, outcome.ttft_s, "ttft_seconds", expert)
+            _observe(self._row("ttft_seconds", expert), _LONG_S, outcome.ttft_s)
         if outcome.chunks:
             self._row("chunks", expert)[0] += outcome.chunks
         if outcome.outcome == "completed":
-            self._observe(_LONG_S, now_s - outcome.arrived_s, "e2e_seconds", expert)
+            _observe(self._row("e2e_seconds", expert), _LONG_S, now_s - outcome.arrived_s)
         elif outcome.outcome == "cancelled":
             self._row("client_disconnects")[0] += 1
 
@@ -139,3 +134,8 @@ class GatewayMetrics:
     def queue(self, expert: str, depth: int) -> None:
         """Note how many wait for an expert."""
         self._row("queue_depth", expert)[0] = depth
+
+
+def _observe(row: "memoryview[float]", bounds: tuple[float, ...], value_s: float) -> None:
+    row[bisect_left(bounds, value_s)] += 1
+    row[-1] += value_s

@@ -28,19 +28,18 @@ class Request:
         method: in capitals.
         path: without a query.
         headers: names in lower case; of several of one name, the first.
+        body: what has arrived of it.
         arrived_s: when its first byte was read, by ``time.monotonic``.
         is_old: whether it is one of HTTP/1.0, which knows no chunks and one request a connection.
         keep_alive: whether its client may send another one on the same connection.
         is_here: whether all of it has arrived.
-        goes_on: whether its client waits to be told to send the body.
     """
 
     __slots__ = (
         "_error",
-        "_pieces",
         "_waiter",
         "arrived_s",
-        "goes_on",
+        "body",
         "headers",
         "is_here",
         "is_old",
@@ -50,12 +49,12 @@ class Request:
     )
 
     def __init__(self, arrived_s: float) -> None:
-        self.method = ""
-        self.path = ""
+        self.method = b""
+        self.path = b""
         self.headers: dict[bytes, bytes] = {}
+        self.body: bytes | bytearray = b""
         self.arrived_s = arrived_s
-        self.is_old = self.keep_alive = self.is_here = self.goes_on = False
-        self._pieces = bytearray()
+        self.is_old = self.keep_alive = self.is_here = False
         self._error: Refusal | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -65,12 +64,17 @@ class Request:
         return None if value is None else value.decode("latin-1")
 
     @property
+    def asks_first(self) -> bool:
+        """Whether its client waits to be told to send the body."""
+        return _EXPECT in self.headers and self.headers[_EXPECT].lower() == b"100-continue" and not self.is_old
+
+    @property
     def promised_bytes(self) -> int:
         """The length of the body as its head tells it; 0 when it does not."""
         return int(self.headers.get(_LENGTH, 0))
 
-    async def body(self) -> bytes:
-        """Wait for the body.
+    async def arrive(self) -> None:
+        """Wait for the rest of the body.
 
         Raises:
             Refusal: it is malformed, or too large.
@@ -80,11 +84,6 @@ class Request:
             await self._waiter
         if self._error is not None:
             raise self._error
-        return bytes(self._pieces)
-
-    def add(self, data: bytes) -> None:
-        """Take a piece of the body."""
-        self._pieces += data
 
     def end(self, error: Refusal | None = None) -> None:
         """Note that all of it is here, or why the rest is not going to be read."""
@@ -192,14 +191,13 @@ class RequestParser:
             if _HOST not in headers:
                 raise _malformed()
             request.keep_alive = parser.should_keep_alive()
-            request.goes_on = _EXPECT in headers and headers[_EXPECT].lower() == b"100-continue"
         elif version == "1.0":
             request.is_old = True
         else:
             raise _malformed()
         if _CODING in headers and (request.is_old or _LENGTH in headers or headers[_CODING].lower() != b"chunked"):
             raise _malformed()
-        request.method = parser.get_method().decode()
+        request.method = parser.get_method()
         request.path = _path(self._url)
         self._on_request(request)
 
@@ -209,7 +207,12 @@ class RequestParser:
         self._body_bytes += len(data)
         if self._body_bytes > self._most_body_bytes:
             raise too_large(self._most_body_bytes)
-        self.partial.add(data)
+        if self.partial.body:
+            if isinstance(self.partial.body, bytes):
+                self.partial.body = bytearray(self.partial.body)
+            self.partial.body += data
+        else:
+            self.partial.body = data
 
     def on_message_complete(self) -> None:
         """End a request."""
@@ -244,14 +247,13 @@ class RequestParser:
         self.feed(head + rest)
 
 
-def _path(url: bytes) -> str:
-    path = url.decode("latin-1")
-    if not path.startswith("/"):  # whole, as to a proxy; a Host of another is none of our business
+def _path(url: bytes) -> bytes:
+    if not url.startswith(b"/"):  # whole, as to a proxy; a host of another is none of our business
         try:
-            path = urlsplit(path).path or "/"
+            url = urlsplit(url).path or b"/"
         except ValueError:
             raise _malformed() from None
-    return path.partition("?")[0]
+    return url.partition(b"?")[0]
 
 
 def _malformed() -> Refusal:

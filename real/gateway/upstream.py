@@ -27,19 +27,17 @@ class Upstream:
         self._idle: dict[Replica, deque[ReplicaConnection]] = {}
         self._loop = asyncio.get_running_loop()
 
-    async def send(
-        self, replica: Replica, path: str, headers: dict[str, str], body: bytes, deadline_s: float
-    ) -> Exchange:
+    async def send(self, replica: Replica, path: bytes, headers: bytes, body: bytes, deadline_s: float) -> Exchange:
         """Send a request and wait for its answer's first body byte (or end).
 
         Raises:
             UpstreamError: there is none.
         """
-        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        head = f"POST {path} HTTP/1.1\r\nhost: {replica.address}\r\n{lines}content-length: {len(body)}\r\n\r\n"
+        head = b"POST %b HTTP/1.1\r\nhost: %b\r\n%bcontent-length: %d\r\n\r\n"
+        wire = head % (path, replica.address.encode(), headers, len(body)) + body
         connection = self._kept(replica) or await self._connect(replica, self._timeouts.connect_s)
         exchange = Exchange(connection, self._timeouts, deadline_s, self._keep)
-        exchange.begin(head.encode("latin-1") + body)
+        exchange.begin(wire)
         try:
             await exchange.began()
         except asyncio.CancelledError:
