@@ -152,6 +152,15 @@ class StreamedAnswer:
         self.sent = 0
         self.over = False
         self.head_sent = False
+        behaviour = self.behaviour
+        faults = (
+            behaviour.hang_after,
+            behaviour.cut_after,
+            behaviour.end_after,
+            behaviour.die_after,
+            behaviour.error_after,
+        )
+        self.faults = frozenset(faults) - {None}
         self.before, self.after = b"", b""
         if self.stream:
             text = json.dumps({**self.frame(), "choices": [self.choice(2, "\0")]})
@@ -197,11 +206,8 @@ class StreamedAnswer:
 
     def token(self) -> None:
         """Write one token, or do what is to be done instead of the next one."""
-        behaviour = self.behaviour
-        if self.sent in (behaviour.hang_after, behaviour.cut_after, behaviour.end_after, behaviour.die_after) or (
-            self.sent == behaviour.error_after
-        ):
-            self._fault(behaviour)
+        if self.sent in self.faults:
+            self._fault(self.behaviour)
             return
         self.sent += 1
         if self.stream:
