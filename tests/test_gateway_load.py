@@ -130,7 +130,8 @@ def test_g8_beyond_the_cap_requests_wait_or_are_refused_and_the_admitted_do_as_w
                     await asyncio.sleep(0.05)
                 return in_flight, queued
 
-            at_cap = await load(16, "code", loop.time() + 2)
+            end_s = loop.time() + 2
+            at_cap, talk_before = await asyncio.gather(load(16, "code", end_s), load(2, "talk", end_s))
             end_s = loop.time() + 2
             over, talk, (in_flight, queued) = await asyncio.gather(
                 load(80, "code", end_s), load(2, "talk", end_s), watch(end_s)
@@ -139,7 +140,7 @@ def test_g8_beyond_the_cap_requests_wait_or_are_refused_and_the_admitted_do_as_w
             refused = [reply for reply in over if reply.status == 429]
             assert len(good) + len(refused) == len(over)
             assert refused
-            assert {reply.outcome for reply in at_cap + talk} == {"completed"}
+            assert {reply.outcome for reply in at_cap + talk_before + talk} == {"completed"}
             assert all(int(reply.headers["retry-after"]) >= 1 for reply in refused)
             assert in_flight <= 16
             assert queued <= 8
@@ -147,8 +148,9 @@ def test_g8_beyond_the_cap_requests_wait_or_are_refused_and_the_admitted_do_as_w
             p99_ms = np.percentile([reply.took_s for reply in refused], 99) * 1e3
             print(f"G8: 429 p50 {np.median([r.took_s for r in refused]) * 1e3:.1f} ms, p99 {p99_ms:.1f} ms")
             print(f"G8: goodput at the cap {len(at_cap)}, at five times the cap {len(good)}, in 2 s each")
-            assert len(good) > 0.8 * len(at_cap)
-            assert len(talk) > 5
+            print(f"G8: the other class {len(talk_before)} before and {len(talk)} beside it")
+            assert len(good) > 0.9 * len(at_cap)
+            assert len(talk) > 0.8 * len(talk_before)
 
         fleet.play(story)
         fleet.check_ledger()

@@ -114,7 +114,7 @@ def test_g11_those_who_hardly_send_are_closed_and_hold_nobody_up(tmp_path: Path)
             lorises = [asyncio.create_task(loris(index)) for index in range(500)]
             beside = await users(2.5)
             closed_s = await asyncio.gather(*lorises)
-            assert 1.5 < min(closed_s) <= max(closed_s) < 4, sorted(closed_s)[:: len(closed_s) // 10]
+            assert 1.5 < min(closed_s) <= max(closed_s) < 3, sorted(closed_s)[:: len(closed_s) // 10]
             p99_ms = [float(np.percentile(ttfts_s, 99)) * 1e3 for ttfts_s in (alone, beside)]
             print(f"G11: 500 closed after {min(closed_s):.2f} to {max(closed_s):.2f} s (limit 2 s)")
             print(f"G11: TTFT p99 of 50 users {p99_ms[0]:.1f} ms alone, {p99_ms[1]:.1f} ms beside them")

@@ -252,7 +252,7 @@ class Forwarding:
                 replica, request.path, headers, completion.for_model(expert.served_model), deadline_s
             )
         except UpstreamError as error:
-            await self._failed(place, error.kind)
+            await self._failed(place, error.kind, begun=False)
             raise
         if exchange.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             replica.health.server_error(place.epoch, self._clock())
@@ -260,11 +260,11 @@ class Forwarding:
             replica.health.answered(place.epoch, self._clock())
         return exchange
 
-    async def _failed(self, place: Place, kind: str) -> None:
+    async def _failed(self, place: Place, kind: str, *, begun: bool) -> None:
         """Take a replica out that cannot be reached or is silent; not one that is slow while it answers others.
 
         A broken answer counts like a 5xx: a few in a row are needed, because one request alone may be to blame. What
-        follows for the request itself waits for its turn, so that who comes next need not wait for all of them.
+        follows for the request itself waits for its turn, an answer that has begun behind the others.
         """
         now_s = self._clock()
         health = place.replica.health
@@ -274,7 +274,7 @@ class Forwarding:
         elif kind in ("reset", "no_done"):
             health.server_error(place.epoch, now_s)
         self.admission.hand_out()
-        await self._turns.mine()
+        await self._turns.mine(first=not begun)
 
     async def _relay(
         self, request: web.BaseRequest, outcome: Outcome, exchange: Exchange, place: Place
@@ -320,7 +320,7 @@ class Forwarding:
             if answer.events is not None and exchange.status == HTTPStatus.OK and not answer.events.is_done:
                 raise UpstreamError("no_done")
         except UpstreamError as error:
-            await self._failed(place, error.kind)
+            await self._failed(place, error.kind, begun=True)
             raise
 
 
