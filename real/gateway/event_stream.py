@@ -7,6 +7,19 @@ because the last events are kept, a stream that ends without ``[DONE]`` or with 
 _DONE = (b"data: [DONE]", b"data:[DONE]")
 _ERROR = (b'data: {"error"', b'data:{"error"')
 _LONGEST_EVENT_BYTES = 2**18
+_MOST_PREFIXES = 4096
+_chunk_prefixes: dict[int, bytes] = {}
+
+
+def _chunk_prefix(length: int) -> bytes:
+    """What a chunk of so many bytes, all in all, begins with; remembered, because most are of a few lengths."""
+    prefix = b""
+    for digits in range(1, 8):
+        if length - 4 - digits >= 16 ** (digits - 1) and len(prefix := b"%x\r\n" % (length - 4 - digits)) == digits + 2:
+            break
+    if len(_chunk_prefixes) < _MOST_PREFIXES:
+        _chunk_prefixes[length] = prefix
+    return prefix
 
 
 class EventStream:
@@ -36,6 +49,25 @@ class EventStream:
             data, self._rest = data[:end], data[end:]
         self._note(data)
         return data
+
+    def is_chunk(self, data: bytes) -> bool:
+        """Whether these bytes are just one chunk of whole events, framed as we would; if so, they are noted.
+
+        Most tokens come like this, and go on as they are. To be asked between two chunks and two events only.
+        """
+        size = len(data)
+        if not (
+            data.endswith(b"\n\n\r\n") and data.startswith(_chunk_prefixes.get(size) or _chunk_prefix(size) or b"-")
+        ):
+            return False
+        self._before, self._last = self._last, data
+        self._data_lines += data.count(b"\ndata:")
+        return True
+
+    @property
+    def is_between(self) -> bool:
+        """Whether the next byte begins an event."""
+        return not self._rest
 
     def remainder(self) -> bytes:
         """Return what came after the last whole event; to be passed on when the stream has ended well."""
