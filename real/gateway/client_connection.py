@@ -7,16 +7,19 @@ import asyncio
 import logging
 import socket
 from collections import deque
-from collections.abc import Awaitable, Callable
-from typing import cast
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
 
 from real.gateway.error_events import Refusal
 from real.gateway.request_parser import Request, RequestParser
-from sim.serve_spec import TimeoutSpec
+
+if TYPE_CHECKING:
+    from real.gateway.client_server import ClientServer
 
 _log = logging.getLogger(__name__)
 
 KEEP_ALIVE_S = 75.0
+"""How long a connection is kept without a request."""
 _LINGER_S = 1.0
 """After its last answer a connection is still read for so long: closed on what it still sends, it would be reset."""
 _WRITE_BUFFER_BYTES = 2**16
@@ -288,48 +291,3 @@ class ClientConnection(asyncio.Protocol):
         self._slow = None
         self.was_slow = True
         self.transport.abort()
-
-
-class ClientServer:
-    """Makes the connections of one listening socket.
-
-    Attributes:
-        connections: those that are open.
-    """
-
-    def __init__(
-        self,
-        handler: Callable[[Request, ClientConnection], Awaitable[None]],
-        refuse: Callable[[ClientConnection, Request | None, Refusal], None],
-        deadlines: TimeoutSpec,
-        most_body_bytes: int,
-    ) -> None:
-        """Begin without connections.
-
-        Args:
-            handler: answers a request.
-            refuse: writes a refusal as an answer.
-            deadlines: of clients.
-            most_body_bytes: longest body of a request.
-        """
-        self.loop = asyncio.get_running_loop()
-        self.handler = handler
-        self.refuse = refuse
-        self.deadlines = deadlines
-        self.most_body_bytes = most_body_bytes
-        self.look_s = min(deadlines.slow_reader_s, KEEP_ALIVE_S)
-        self.connections: set[ClientConnection] = set()
-
-    def __call__(self) -> ClientConnection:
-        """Return the protocol of a new connection."""
-        return ClientConnection(self)
-
-    async def close(self, longest_s: float) -> None:
-        """Close all connections; what has been written gets so long to be sent."""
-        for connection in list(self.connections):
-            connection.shut()
-        end_s = self.loop.time() + longest_s
-        while self.connections and self.loop.time() < end_s:
-            await asyncio.sleep(0.01)
-        for connection in list(self.connections):
-            connection.transport.abort()

@@ -25,13 +25,15 @@ def _chunk_prefix(length: int) -> bytes:
 class EventStream:
     """Follows one stream of events."""
 
-    __slots__ = ("_before", "_data_lines", "_last", "_rest")
+    __slots__ = ("_before", "_data_lines", "_ends_of", "_found", "_last", "_rest")
 
     def __init__(self) -> None:
         self._rest = b""  # of an event whose end has not come yet
         self._last = b""
         self._before = b""
         self._data_lines = 0
+        self._ends_of: bytes | None = None
+        self._found: list[bytes] = []
 
     def whole(self, data: bytes) -> bytes:
         """Take bytes of the stream and return those that are now whole events, perhaps none."""
@@ -88,19 +90,20 @@ class EventStream:
     @property
     def is_done(self) -> bool:
         """Whether the last event was ``[DONE]``."""
-        return self._last_events(1)[0] in _DONE
+        return self._ends()[0] in _DONE
 
     @property
     def is_error(self) -> bool:
         """Whether one of the last two events is an error."""
-        return any(event.startswith(_ERROR) for event in self._last_events(2))
+        return any(event.startswith(_ERROR) for event in self._ends())
 
-    def _last_events(self, count: int) -> list[bytes]:
-        """The last lines of data, the very last one first."""
-        text = b"\n" + self._before + self._last
-        events = []
-        for _ in range(count):
-            start = max(text.rfind(b"\ndata:"), 0)
-            events.append(text[start:].lstrip(b"\n").partition(b"\n")[0].rstrip(b"\r"))
-            text = text[:start]
-        return events
+    def _ends(self) -> list[bytes]:
+        """The last two lines of data, the very last one first; looked for once."""
+        if self._ends_of is not self._last:
+            text = b"\n" + self._before + self._last
+            self._ends_of, self._found = self._last, []
+            for _ in range(2):
+                start = max(text.rfind(b"\ndata:"), 0)
+                self._found.append(text[start:].lstrip(b"\n").partition(b"\n")[0].rstrip(b"\r"))
+                text = text[:start]
+        return self._found

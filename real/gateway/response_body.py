@@ -110,6 +110,10 @@ class ChunkedBody:
                 break
             self._line(data[at:end])
             at = end + 2
+            stop = at + self._left
+            if self._step == "data" and data.startswith(b"\r\n", stop):  # all of it is here
+                pieces.append(data[at:stop])
+                at, self._left, self._step = stop + 2, 0, "size"
         if self.done:
             self.rest = data[at:]
         self.between = self._step == "size" and not self._held

@@ -11,7 +11,7 @@ import uvloop
 from real.gateway.api_keys import keys_from_environment
 from real.gateway.app import GatewayApp, refuse
 from real.gateway.classification import Classification
-from real.gateway.client_connection import ClientServer
+from real.gateway.client_server import ClientServer
 from real.gateway.config import GatewayConfig
 from real.gateway.forwarding import Forwarding
 from real.gateway.health_checks import HealthChecks
