@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, cast
 
@@ -146,7 +147,7 @@ class StreamedAnswer:
         prompt = body.get("prompt") if not self.chat else json.dumps(body.get("messages"))
         text = prompt if isinstance(prompt, str) else json.dumps(prompt)
         self.seed = len(text)
-        self.prompt_tokens = len(text.split())
+        self.prompt_tokens = expert.count(text)
         self.request_id = connection.headers.get("x-request-id", "none")
         self.model = body.get("model") or expert.model
         self.sent = 0
@@ -306,6 +307,7 @@ class MockExpert:
         self.ended: dict[str, int] = {}
         self.last_headers: dict[str, str] = {}
         self.connections = 0
+        self.count: Callable[[str], int] = lambda text: len(text.split())  # tokens of a prompt
         self._log = None if log is None else os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
     def log(self, what: str, answer: StreamedAnswer) -> None:
