@@ -24,10 +24,7 @@ from rich.table import Table
 from benchmarks.lean_client import LeanReply, connect, wire_of
 from real.gateway.config import GatewayConfig
 from real.router.classifier import read_packaged
-from tests.kit.chaos import CHAOS_TIMEOUTS, Chaos
-from tests.kit.client import Client
-from tests.kit.processes import CLASSES, Expert, GatewayProcess, Splice, config_for, cpu_s, open_files, running, until
-from tests.kit.scene import scene
+from tests.kit.processes import Expert, GatewayProcess, Splice, config_for, cpu_s, running
 
 CHUNKS, ITL_S = 64, 0.05
 _WORDS = "the quick fox jumps over a lazy dog and runs away from all that code it never wrote".split()  # noqa: SIM905
@@ -255,62 +252,6 @@ async def workers(folder: Path, window_s: float) -> None:
     console.print(table)
 
 
-async def deaths(folder: Path, streams: int) -> None:
-    """G2: ``kill -9`` of one of four experts with so many streams open."""
-    with scene(folder, dict.fromkeys(CLASSES, 1), {"ttft_s": 0.05, "itl_s": ITL_S}) as fleet:
-        client = Client(fleet.gateway.port)
-        tasks = [
-            asyncio.create_task(client.complete(f"{CLASSES[index % 4]} {index}", max_tokens=200))
-            for index in range(streams)
-        ]
-        open_ = client.replies
-        await until(lambda: len(open_) == streams and all(reply.times_s for reply in open_), timeout_s=60)
-        loop = asyncio.get_running_loop()
-        killed_s = loop.time()
-        fleet.experts["talk"][0].kill()
-        after = await client.complete("talk")
-        replies = await asyncio.gather(*tasks)
-        client.close()
-        dead = [reply for reply in replies if reply.headers["x-expert-router-expert"] == "talk"]
-        others = [reply for reply in replies if reply.headers["x-expert-router-expert"] != "talk"]
-        fleet.replies = client.replies
-        fleet.check_ledger()
-        told = sum((reply.end, reply.errors, reply.is_done) == ("clean", 1, True) for reply in dead)
-        whole = sum(reply.outcome == "completed" and reply.body.count(b'"text"') == 200 for reply in others)
-        console.print(
-            f"G2: {streams} streams, one of four experts killed: {told} of {len(dead)} told so within "
-            f"{max(reply.ended_s for reply in dead) - killed_s:.2f} s; others whole {whole} of {len(others)}; "
-            f"next request {after.status} in {after.took_s * 1e3:.0f} ms; nothing unaccounted"
-        )
-
-
-async def soak(folder: Path, minutes: float) -> None:
-    """G17: 200 users, a fault each minute, memory and files."""
-    with scene(folder, dict.fromkeys(CLASSES, 2), {"ttft_s": 0.05, "itl_s": 0.02}, timeouts=CHAOS_TIMEOUTS) as fleet:
-        loop = asyncio.get_running_loop()
-        client = Client(fleet.gateway.port)
-        chaos = Chaos(fleet, client, seed=1)
-        end_s = loop.time() + 60 * minutes
-
-        async def user(index: int) -> None:
-            while loop.time() < end_s:
-                await client.complete(CLASSES[index % 4], max_tokens=100)
-                client.replies.clear()
-                await asyncio.sleep(0.5)
-
-        async def faults() -> None:
-            while loop.time() < end_s - 60:
-                await asyncio.sleep(30)
-                await (chaos.kill if chaos.draw.random() < 0.5 else chaos.stop)()
-                await asyncio.sleep(30)
-                await chaos.recover()
-                pid = fleet.gateway.workers()[0]
-                console.print(f"G17: {fleet.gateway.resident_mb():.1f} MB, {open_files(pid)} files")
-
-        await asyncio.gather(faults(), *(user(index) for index in range(200)))
-        client.close()
-
-
 def pin(gateway: GatewayProcess, cores: set[int]) -> None:
     """Keep a gateway's processes to some cores."""
     for pid in (gateway.pid, *gateway.workers()):
@@ -320,17 +261,12 @@ def pin(gateway: GatewayProcess, cores: set[int]) -> None:
 def main() -> None:
     """Measure what is asked for; everything by default."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="*", default=["paced", "requests", "workers", "deaths"], help="or soak")
+    parser.add_argument("what", nargs="*", default=["paced", "requests", "workers"])
     parser.add_argument("--users", type=int, nargs="+", default=[1, 100, 1000])
     parser.add_argument("--window-s", type=float, default=9.0)
-    parser.add_argument("--minutes", type=float, default=30.0, help="of soak")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
-        if "deaths" in arguments.what:
-            uvloop.run(deaths(path, 1000))
-        if "soak" in arguments.what:
-            uvloop.run(soak(path, arguments.minutes))
         if "workers" in arguments.what:
             uvloop.run(workers(path, arguments.window_s))
         os.sched_setaffinity(0, {0})

@@ -108,6 +108,8 @@ class ClientConnection(asyncio.Protocol):
         self.on_pause = self.on_resume = None
         self._ending = True
         self._server.connections.discard(self)
+        self._parser.close()
+        self._waiting.clear()
         self.cancel()
 
     # ------------------------------------------------------------------------------------------------- requests in
@@ -175,6 +177,7 @@ class ClientConnection(asyncio.Protocol):
             await self._server.handler(request, self)
         except asyncio.CancelledError:
             self.transport.abort()
+            self._request = self._task = None  # or else the task and all that it holds would wait for the collector
             raise
         except Exception as error:
             _log.error("a request failed by a defect of the gateway", exc_info=error)

@@ -17,6 +17,7 @@ from real.gateway.ledger import Ledger
 from real.gateway.metrics import GatewayMetrics, Outcome
 from real.gateway.replicas import Place, Replica, Routing, Wish
 from real.gateway.request_parser import Request
+from real.gateway.turns import Turns
 from real.gateway.upstream import Upstream
 from real.gateway.wishes import CLASS_HEADER, Wishes
 from sim.spec import ALL_EXPERTS
@@ -77,6 +78,7 @@ class Forwarding:
             on_queued=lambda line, depth: metrics.queue(lines[line], depth),
         )
         self._retrying = 0
+        self._turns = Turns()
         self._clients: set[ClientConnection] = set()
         self._stopped = False
         self.ledger = Ledger(metrics, config.request_log)
@@ -192,7 +194,7 @@ class Forwarding:
                 replica, request.path, headers, completion.for_model(expert.served_model), deadline_s
             )
         except UpstreamError as error:
-            self._note_failure(place, error.kind)
+            await self._failed(place, error.kind, begun=False)
             raise
         if exchange.status >= _SERVER_ERROR:
             replica.health.server_error(place.epoch, self._clock())
@@ -200,10 +202,11 @@ class Forwarding:
             replica.health.answered(place.epoch, self._clock())
         return exchange
 
-    def _note_failure(self, place: Place, kind: str) -> None:
+    async def _failed(self, place: Place, kind: str, *, begun: bool) -> None:
         """Take a replica out that cannot be reached or is silent; not one that is slow while it answers others.
 
-        A broken answer counts like a 5xx: a few in a row are needed, because one request alone may be to blame.
+        A broken answer counts like a 5xx: a few in a row are needed, because one request alone may be to blame. What
+        follows for the request itself waits for its turn, an answer that has begun behind the others.
         """
         now_s = self._clock()
         health = place.replica.health
@@ -213,21 +216,16 @@ class Forwarding:
         elif kind in ("reset", "no_done"):
             health.server_error(place.epoch, now_s)
         self.admission.hand_out()
+        await self._turns.mine(first=not begun)
 
     async def _relay(self, answer: Answer, outcome: Outcome, exchange: Exchange, place: Place) -> None:
         first, whole = exchange.take(), exchange.is_done
         answer.start(exchange.status, _own_headers(outcome), exchange.headers, first, whole=whole)
         outcome.status = exchange.status
         outcome.ttft_s = time.monotonic() - outcome.arrived_s
-        events = None
         try:
-            await exchange.relay(answer)
-            answer.add_last(exchange.take())
-            events = answer.events
-            if events is not None and exchange.status == _OK and not events.is_done:
-                raise UpstreamError("no_done")
+            await self._pass_on(exchange, answer, place)
         except UpstreamError as error:
-            self._note_failure(place, error.kind)
             outcome.outcome = error.kind
             answer.break_off(*_FAILURES[error.kind])
         except asyncio.CancelledError:
@@ -237,6 +235,7 @@ class Forwarding:
             answer.break_off(*_FAILURES["drained"])
         else:
             answer.end()
+            events = answer.events
             if exchange.status >= _SERVER_ERROR or (events is not None and events.is_error):
                 outcome.outcome = "expert_error"
             elif exchange.status >= _CLIENT_ERROR:
@@ -246,6 +245,21 @@ class Forwarding:
         finally:
             if answer.events is not None:
                 outcome.chunks = answer.events.chunks
+
+    async def _pass_on(self, exchange: Exchange, answer: Answer, place: Place) -> None:
+        """Pass the body on until its end.
+
+        Raises:
+            UpstreamError: it did not end well, and it is this request's turn to be told.
+        """
+        try:
+            await exchange.relay(answer)
+            answer.add_last(exchange.take())
+            if answer.events is not None and exchange.status == _OK and not answer.events.is_done:
+                raise UpstreamError("no_done")
+        except UpstreamError as error:
+            await self._failed(place, error.kind, begun=True)
+            raise
 
 
 def _own_headers(outcome: Outcome) -> str:

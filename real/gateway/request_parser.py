@@ -151,6 +151,11 @@ class RequestParser:
             if self._other_bytes > _MOST_HEAD_BYTES:
                 raise self._too_much_head()
 
+    def close(self) -> None:
+        """Let go of everything: nothing more comes, and the half of a large body must not wait for the collector."""
+        self.partial = None
+        del self._parser, self._on_request  # each leads back here
+
     # ----------------------------------------------------------------------------------------- what the parser calls
 
     def on_message_begin(self) -> None:

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, cast
 
@@ -30,7 +31,7 @@ class Behaviour:
 
     ttft_s: float = 0.0
     itl_s: float = 0.0
-    status: int | None = None  # answer with this error
+    status: int | None = None  # answer with this error, after ttft_s
     health: int = 200
     hang_before_head: bool = False
     hang_after: int | None = None  # chunks, then silence
@@ -146,7 +147,7 @@ class StreamedAnswer:
         prompt = body.get("prompt") if not self.chat else json.dumps(body.get("messages"))
         text = prompt if isinstance(prompt, str) else json.dumps(prompt)
         self.seed = len(text)
-        self.prompt_tokens = len(text.split())
+        self.prompt_tokens = expert.count(text)
         self.request_id = connection.headers.get("x-request-id", "none")
         self.model = body.get("model") or expert.model
         self.sent = 0
@@ -179,8 +180,10 @@ class StreamedAnswer:
             self.end("failed")
             return
         if behaviour.status is not None:
-            self.connection.respond(behaviour.status, error_body(behaviour.status, "made to fail"))
-            self.end("failed")
+            if behaviour.ttft_s:
+                self.timer = asyncio.get_running_loop().call_later(behaviour.ttft_s, self.refuse)
+            else:
+                self.refuse()
             return
         if self.stream and not behaviour.late_head:
             self.head()
@@ -191,6 +194,11 @@ class StreamedAnswer:
             self.end("completed")
             return
         expert.engine.add(self)
+
+    def refuse(self) -> None:
+        assert self.behaviour.status is not None
+        self.connection.respond(self.behaviour.status, error_body(self.behaviour.status, "made to fail"))
+        self.end("failed")
 
     def head(self) -> None:
         if not self.head_sent:
@@ -305,6 +313,7 @@ class MockExpert:
         self.ended: dict[str, int] = {}
         self.last_headers: dict[str, str] = {}
         self.connections = 0
+        self.count: Callable[[str], int] = lambda text: len(text.split())  # tokens of a prompt
         self._log = None if log is None else os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
     def log(self, what: str, answer: StreamedAnswer) -> None:
