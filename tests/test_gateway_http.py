@@ -1,3 +1,4 @@
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from real.gateway.request_parser import Request, RequestParser
 from real.gateway.response_body import ChunkedBody, MalformedBodyError, SizedBody, body_of
 from tests.kit.client import Client, wire_request
 from tests.kit.scene import scene
-from tests.kit.wire import exchange, statuses
+from tests.kit.wire import MALFORMED, exchange, statuses
 
 LINES = st.text("abc: ;=\t", max_size=8).map(str.encode)
 
@@ -66,6 +67,9 @@ def test_any_split_of_the_bytes_gives_the_same_requests(data: st.DataObject) -> 
         (b"GET / HTTP/1.1\r\nHost: a\r\n" + b"X: a\r\n" * 200 + b"\r\n", 431),
         (b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 40_000, 431),  # no end in sight
         (b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n1;" + b"a" * 40_000, 431),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: x\r\nHost: a\r\n\r\n", 400),
+        (b"CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
         (b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 101\r\n\r\n" + b"a" * 101, 413),
     ],
 )
@@ -74,6 +78,27 @@ def test_what_must_not_be_read_is_refused(wire: bytes, status: int) -> None:
         with pytest.raises(Refusal) as refused:
             parsed([wire[start : start + size] for start in range(0, len(wire), size)])
         assert refused.value.status == status
+
+
+BROKEN = st.sampled_from([case.wire[:3000] for case in MALFORMED])
+NOISE = st.sampled_from(
+    [b"\r\n", b"Upgrade: x\r\nConnection: upgrade\r\n", b"Host: z\r\n", b"\x00", b"\xff", b" ", b"\r", b"\n"]
+)
+
+
+@given(
+    wire=BROKEN, noise=st.lists(st.tuples(st.integers(0, 200), st.integers(0, 5), NOISE), max_size=3), data=st.data()
+)
+@settings(max_examples=300, deadline=None)
+def test_whatever_comes_is_read_or_refused(
+    wire: bytes, noise: list[tuple[int, int, bytes]], data: st.DataObject
+) -> None:
+    for place, cut, added in noise:
+        wire = wire[:place] + added + wire[place + cut :]
+    parser = RequestParser(lambda request: None, 1000)
+    with contextlib.suppress(Refusal):
+        for piece in pieces_of(data, wire):
+            parser.feed(piece)
 
 
 def test_who_is_refused_early_gets_the_answer_though_it_still_sends(tmp_path: Path) -> None:

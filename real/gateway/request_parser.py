@@ -17,6 +17,8 @@ from real.gateway.error_events import Refusal
 _MOST_HEAD_BYTES = 32 * 1024
 _MOST_HEADERS = 128
 _MOST_TARGET_BYTES = 8 * 1024
+_MOST_OFFERS = 16
+"""Requests in one read that may offer another protocol."""
 _LENGTH, _CODING, _EXPECT, _HOST, _UPGRADE = b"content-length", b"transfer-encoding", b"expect", b"host", b"upgrade"
 _ONCE = frozenset((_LENGTH, _CODING, _HOST))
 
@@ -134,22 +136,33 @@ class RequestParser:
             Refusal: what came is no request, or too large. Nothing more can be read.
         """
         before = self._body_bytes
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            self._stay(data[upgrade.args[0] :])
-        except httptools.HttpParserCallbackError as error:
-            if isinstance(error.__context__, Refusal):
-                raise error.__context__ from None
-            raise
-        except httptools.HttpParserError:
-            raise _malformed() from None
+        for _ in range(_MOST_OFFERS):
+            offered_at = self._feed(data)
+            if offered_at is None:
+                break
+            data = self._without_offer(data[offered_at:])
+        else:
+            raise _malformed()
         if self.partial is None or self._body_bytes != before:
             self._other_bytes = 0
         else:  # heads, but also what may come along with chunks
             self._other_bytes += len(data)
             if self._other_bytes > _MOST_HEAD_BYTES:
                 raise self._too_much_head()
+
+    def _feed(self, data: bytes) -> int | None:
+        """Read on; return where it stopped behind a head that offers another protocol."""
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            return int(upgrade.args[0])
+        except httptools.HttpParserCallbackError as error:
+            if isinstance(error.__context__, Refusal):
+                raise error.__context__ from None
+            raise
+        except httptools.HttpParserError:
+            raise _malformed() from None
+        return None
 
     def close(self) -> None:
         """Let go of everything: nothing more comes, and the half of a large body must not wait for the collector."""
@@ -232,24 +245,19 @@ class RequestParser:
         message = f"the head may have {_MOST_HEAD_BYTES} bytes and {_MOST_HEADERS} headers at most"
         return Refusal("client_error", 431, message)
 
-    def _stay(self, rest: bytes) -> None:
-        """Read a request that offers another protocol as if it did not: nobody has to take up the offer.
+    def _without_offer(self, rest: bytes) -> bytes:
+        """Return a head that offers another protocol as if it did not, and the rest: nobody has to take up the offer.
 
-        The parser has stopped behind its head, so the head is read once more without the offer, and then the rest.
+        The parser has stopped behind this head, so it is read once more.
         """
         parser, request = self._parser, self.partial
         method = parser.get_method()
         if request is None or not self._in_head or method == b"CONNECT":
             raise _malformed()
         lines = [b"%b: %b\r\n" % (name, value) for name, value in request.headers.items() if name != _UPGRADE]
-        head = b"%b %b HTTP/%b\r\n%b\r\n" % (
-            method,
-            self._url,
-            parser.get_http_version().encode(),
-            b"".join(lines),
-        )
+        line = b"%b %b HTTP/%b\r\n" % (method, self._url, parser.get_http_version().encode())
         self._parser = httptools.HttpRequestParser(self)
-        self.feed(head + rest)
+        return b"%b%b\r\n%b" % (line, b"".join(lines), rest)
 
 
 def _path(url: bytes) -> bytes:
