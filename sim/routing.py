@@ -35,8 +35,8 @@ def replica_choice(fleet: Fleet, by_expert: Sequence[Sequence[Replica]], seed: i
     )
 
 
-def confusion(spec: RouterSpec | None, classes: Sequence[str], seed: int) -> Callable[[int], int] | None:
-    """Return what the classifier takes a prompt of a class for; None when it is always right."""
+def confusion(spec: RouterSpec | None, classes: Sequence[str], seed: int) -> Callable[[Request], int] | None:
+    """Return what the classifier takes a request for, drawn by its class; None when it is always right."""
     if spec is None or (spec.accuracy == 1.0 and spec.confusion is None) or len(classes) == 1:
         return None
     names = list(classes)
@@ -51,7 +51,7 @@ def confusion(spec: RouterSpec | None, classes: Sequence[str], seed: int) -> Cal
         rows.append(list(accumulate(weight / sum(weights) for weight in weights)))
     uniform = stream(seed, "confusion").random
 
-    def routed(class_index: int) -> int:
-        return min(int(np.searchsorted(rows[class_index], uniform(), side="right")), others)
+    def routed(request: Request) -> int:
+        return min(int(np.searchsorted(rows[request.class_index], uniform(), side="right")), others)
 
     return routed

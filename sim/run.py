@@ -14,6 +14,7 @@ from sim.fleet import Fleet
 from sim.measuring import completions_to_measure
 from sim.mistakes import did_you_mean
 from sim.records import RunRecord
+from sim.request import Request
 from sim.resolve import resolve_fleet
 from sim.result import Result
 from sim.service_curve import ScaledCurve
@@ -35,6 +36,7 @@ def simulate(
     seed: int | None = None,
     replications: int | None = None,
     iteration_time_factors: Mapping[str, float] | None = None,
+    taken_for: Callable[[Request], int] | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Result:
@@ -50,6 +52,8 @@ def simulate(
         replications: instead of the file's.
         iteration_time_factors: expert name -> what its iteration times are multiplied by, to see what an error of its
             curve would do; experts left out keep theirs.
+        taken_for: the class that the classifier takes each request for, where its prompt is known, as a check knows it;
+            None: drawn as the router's ``accuracy`` and ``confusion`` have it.
         workers: processes; None: one per core where that pays. They are joblib's, so ``joblib.parallel_config`` can
             put them on another backend, Ray for one.
         progress: told how far it is.
@@ -68,7 +72,15 @@ def simulate(
     check_feasible(file, data)
     fleets = {name: _scaled(resolve_fleet(file, name), iteration_time_factors or {}) for name in file.fleets}
     plans = [
-        RunPlan(fleet=fleet, workload=file.workload, run=file.run, data=data, load=load, replication=replication)
+        RunPlan(
+            fleet=fleet,
+            workload=file.workload,
+            run=file.run,
+            data=data,
+            load=load,
+            replication=replication,
+            taken_for=taken_for,
+        )
         for fleet in fleets.values()
         for load in loads(file.workload)
         for replication in range(file.run.replications)
@@ -119,8 +131,22 @@ def find_replica(file: FleetFile, place: str) -> tuple[str, int, int]:
     return places[place]
 
 
-def trace_replica(result: Result, fleet: str, expert_index: int, replica_index: int) -> list[TracedIteration]:
-    """Simulate the first replication of a fleet's highest load again and return one replica's iterations."""
+def trace_replica(
+    result: Result,
+    fleet: str,
+    expert_index: int,
+    replica_index: int,
+    taken_for: Callable[[Request], int] | None = None,
+) -> list[TracedIteration]:
+    """Simulate the first replication of a fleet's highest load again and return one replica's iterations.
+
+    Args:
+        result: of ``simulate``.
+        fleet: one of its fleets.
+        expert_index: in the fleet.
+        replica_index: of the expert.
+        taken_for: as ``simulate`` had it.
+    """
     workload = result.file.workload
     simulation = Simulation(
         RunPlan(
@@ -130,6 +156,7 @@ def trace_replica(result: Result, fleet: str, expert_index: int, replica_index: 
             data=read_workload_data(workload),
             load=loads(workload)[-1],
             trace=(expert_index, replica_index),
+            taken_for=taken_for,
         )
     )
     simulation.run()

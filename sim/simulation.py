@@ -37,6 +37,8 @@ class RunPlan:
         load: users of a closed loop, requests per second of an open loop; NaN for a trace.
         step_by_step: simulate every iteration as an event of its own (slow; to check the fast way against).
         trace: (expert index, replica index) of the replica whose iterations to log, or None.
+        taken_for: the class that the classifier takes each request for, where its prompt is known; None: drawn as the
+            router's ``accuracy`` and ``confusion`` have it.
     """
 
     fleet: Fleet
@@ -47,6 +49,7 @@ class RunPlan:
     replication: int = 0
     step_by_step: bool = False
     trace: tuple[int, int] | None = None
+    taken_for: Callable[[Request], int] | None = None
 
 
 class Simulation:
@@ -93,7 +96,7 @@ class Simulation:
         ]
         self.replicas = [replica for replicas in by_expert for replica in replicas]
         self._choose = replica_choice(plan.fleet, by_expert, self._seed)
-        self._misroute = confusion(spec, list(plan.workload.classes), self._seed)
+        self._misroute = plan.taken_for or confusion(spec, list(plan.workload.classes), self._seed)
         self._shared_prefix_tokens = [spec.shared_prefix_tokens for spec in plan.workload.classes.values()]
 
         self._users: ClosedLoopUsers | None = None
@@ -215,7 +218,7 @@ class Simulation:
         self.counted.at_router.change(now_s, -1)
         request: Any = event.value
         if self._misroute is not None:
-            request.routed_class_index = self._misroute(request.class_index)
+            request.routed_class_index = self._misroute(request)
         self._send_to_expert(request, now_s)
 
     def _send_to_expert(self, request: Request, now_s: float) -> None:

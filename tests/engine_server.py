@@ -12,15 +12,16 @@ import numpy as np
 from calibrate.fit.iteration_fit import TERMS, TermFit
 from calibrate.measure.engine_under_test import EngineFacts
 from calibrate.measure.iteration_records import counts_of
+from real.users.prompts import load_tokenizer
 from sim.engine import Engine, EngineRequest
 from sim.fleet import EngineSettings
-from sim.spec import EngineSpec
+from sim.spec import EngineSpec, ExpertSpec
 
 FAST = TermFit(terms=dict(zip(TERMS, (1e-3, 5e-6, 0.0, 1e-4, 5e-6, 1e-9), strict=True)), floor_tokens=0, graph_sizes=())
 
 
 class EngineServer:
-    """Fulfils ``calibrate.measure.engine_under_test.EngineUnderTest``."""
+    """Fulfils ``calibrate.measure.engine_under_test.EngineUnderTest``; of laptop-16m, as far as its tokenizer goes."""
 
     def __init__(self, folder: Path, settings: EngineSettings, *, dies_after: int | None = None):
         folder.mkdir(parents=True, exist_ok=True)
@@ -35,6 +36,7 @@ class EngineServer:
             command=("engine",),
         )
         self.requests = 0
+        self._tokenizer = load_tokenizer(ExpertSpec(model="laptop-16m", gpu="CPU"))
         self._dies_after = dies_after
         self._engine: Engine[EngineRequest] = Engine(settings)
         self._answers: dict[EngineRequest, asyncio.Queue[bool | None]] = {}
@@ -122,7 +124,8 @@ class EngineServer:
             writer.close()
 
     async def _answer(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
-        request = EngineRequest(len(body["prompt"]), body["max_tokens"])
+        prompt = self._tokenizer.encode(body["prompt"], add_special_tokens=True)
+        request = EngineRequest(len(prompt), body["max_tokens"])
         answer = self._answers[request] = asyncio.Queue()
         self.requests += 1
         self._engine.add(request)

@@ -5,8 +5,8 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from calibrate.predictor import PredictedEngine
 from calibrate.tables.measured_runs import MeasuredRun
-from calibrate.validate.predictor import PredictedEngine
 from sim.fleet import FrontEnd
 from tests.fleets import AffineCurve
 

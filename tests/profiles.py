@@ -1,17 +1,33 @@
-"""A made-up profile for tests that need one for a certain expert."""
+"""Made-up profiles, whose iterations take 10 ms whatever the work."""
 
 from sim.profile import ExpertIdentity, FittedRange, FrontEndCosts, Parameter, Profile, Residuals, TermParameters
 from sim.spec import EngineSpec
 
 
 def profile_json(*, model: str, gpu: str, tensor_parallel_size: int = 1, front_end: FrontEndCosts | None = None) -> str:
-    """Return the text of a profile called ``other`` whose iterations take 10 ms, whatever the work."""
+    """Return the text of a profile called ``other`` for a certain expert."""
+    return make_profile(
+        "other", model=model, gpu=gpu, tensor_parallel_size=tensor_parallel_size, front_end=front_end
+    ).model_dump_json()
+
+
+def make_profile(
+    name: str,
+    *,
+    model: str = "llama-3-8b",
+    quantization: str = "bf16",
+    gpu: str = "H100-SXM",
+    tensor_parallel_size: int = 1,
+    front_end: FrontEndCosts | None = None,
+    error: float = 0.0,
+) -> Profile:
+    """Return a profile of an expert, with this error on what its fit had not seen."""
     none = Parameter(value=0, low=0, high=0)
     return Profile(
-        name="other",
+        name=name,
         expert=ExpertIdentity(
             model=model,
-            quantization="bf16",
+            quantization=quantization,
             gpu=gpu,
             tensor_parallel_size=tensor_parallel_size,
             engine=EngineSpec(),
@@ -31,11 +47,11 @@ def profile_json(*, model: str, gpu: str, tensor_parallel_size: int = 1, front_e
             what="iterations",
             held_out=False,
             mean_error=0,
-            median_absolute_error=0,
-            p90_absolute_error=0,
+            median_absolute_error=error / 2,
+            p90_absolute_error=error,
         ),
         range=FittedRange(max_decodes=1, max_decode_kv_tokens=1, max_prefill_tokens=1),
         front_end=front_end,
         provenance="made up for tests",
         licence="none",
-    ).model_dump_json()
+    )

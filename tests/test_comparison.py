@@ -11,10 +11,13 @@ from calibrate.check.batch_sizes import BATCH_BINS, batch_shares, bin_labels
 from calibrate.check.check import CheckOutcome, as_json
 from calibrate.check.check_report import check_markdown, print_check, write_check
 from calibrate.check.comparison import COLUMNS, JUDGED, Figure, compare, coverage
+from calibrate.check.pace import Pace
 from calibrate.check.station_times import STATIONS, station_times
 from sim.check_spec import CheckSpec
+from sim.fleet_file import load_fleet
 from sim.records import RunRecord
-from sim.result import Result
+from sim.result import Measured, Result
+from tests.profiles import make_profile
 from tests.run_records import make_fleet, make_result, make_run
 
 FLEET = make_fleet("one")
@@ -79,6 +82,27 @@ def test_repeats_tell_the_noise_and_bounds_the_interval() -> None:
     assert mean.measured == pytest.approx(np.mean(values))
     assert mean.noise_floor == pytest.approx(np.std(values, ddof=1) / np.mean(values))
     assert (mean.predicted_low, mean.predicted_high) == pytest.approx((min(values), max(values)))
+
+
+def test_the_noise_is_pooled_over_the_loads() -> None:
+    quiet = [make_run(FLEET, 8) for _ in range(2)]
+    noisy = [make_run(FLEET, 32, slowness=slowness) for slowness in (0.9, 1.1)]
+    real = [result_of(first, second) for first, second in zip(quiet, noisy, strict=True)]
+    figures = compare(real[0], [], real, "one", SPEC)
+    floors = {f.load: f.noise_floor for f in figures if f.column == "mean_tpot_ms" and f.expert == "all"}
+    values = np.array(
+        [f["mean_tpot_ms"] for r in real for f in r.replication_rows if f["expert"] == "all" and f["users"] == 32]
+    )
+    assert floors[8] == floors[32]
+    assert floors[8] == pytest.approx(values.std(ddof=1) / values.mean() / 2**0.5)
+
+
+def test_what_is_predicted_at_the_engines_pace_is_an_error_of_its_own() -> None:
+    run, slower = make_run(FLEET, 8), make_run(FLEET, 8, slowness=1.1)
+    figures = compare(result_of(run), [], [result_of(slower)], "one", SPEC, at_pace=[result_of(slower)])
+    mean = next(f for f in figures if f.column == "mean_e2el_ms" and f.expert == "all")
+    assert mean.error < -0.03
+    assert mean.error_at_pace == 0
 
 
 def test_the_bootstrap_holds_the_mean_and_narrows_with_more_requests() -> None:
@@ -150,6 +174,7 @@ def outcome_of(slowness: float) -> CheckOutcome:
         measured=[result_of(real)],
         figures=figures,
         stations=station_times(predicted, [real]),
+        paces=[Pace(load=8.0, expert="expert-0", pace=1.1, low=1.0, high=1.2, iterations=900, known=1.0)],
         batches={"expert-0/0": (batch_shares(np.array([1, 2])), batch_shares(np.array([2, 2])))},
     )
 
@@ -171,14 +196,27 @@ def test_too_few_figures_in_their_intervals_fail_a_check() -> None:
     assert not replace(outcome, figures=wide).passed
 
 
+def test_a_profile_of_another_engine_version_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "code.profile.json"
+    path.write_text(make_profile("old", model="laptop-37m", gpu="CPU").model_dump_json())
+    file = load_fleet("examples/laptop.yaml", [f"fleets.laptop.experts.code.profile={path}"])
+    outcome = outcome_of(1.0)
+    ran = Measured(started="now", urls={}, engines={"laptop": {"code": "vLLM 9.9", "chat": "vLLM 9.9"}})
+    outcome = replace(outcome, file=file, fleet="laptop", measured=[replace(outcome.measured[0], measured=ran)])
+    (told,) = [line for line in outcome.remarks() if "measure it again" in line]
+    assert told.startswith("expert code: the profile old is of made up and vLLM 9.9 ran")
+
+
 def test_files_tables_and_json_of_a_check(tmp_path: Path) -> None:
     outcome = outcome_of(1.6)
     written = write_check(outcome, tmp_path)
-    assert [path.name for path in written] == ["check.csv", "stations.csv", "check.png", "check.md"]
-    assert all(path.stat().st_size > 100 for path in written)
+    assert [path.name for path in written] == ["check.csv", "stations.csv", "pace.csv", "check.png", "check.md"]
+    assert all(path.stat().st_size > 50 for path in written)
     assert "**" in check_markdown(outcome), "what is outside its tolerance is bold"
     assert '"passed": false' in as_json(outcome)
     stream = StringIO()
     print_check(outcome, Console(file=stream, width=200))
     assert "FAIL" in stream.getvalue()
     assert "front end, network and queue" in stream.getvalue()
+    assert "pace" in stream.getvalue()
+    assert "| 8 | expert-0 1.100 |" in check_markdown(outcome)

@@ -4,11 +4,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from calibrate.predictor import PredictedEngine
 from calibrate.tables.contradictions import MARGIN, contradictions, doubtful_runs
 from calibrate.tables.measured_runs import MeasuredRun, read_measured_runs
 from calibrate.validate.accuracy_report import write_accuracy_report
 from calibrate.validate.error_report import print_validation
-from calibrate.validate.predictor import PredictedEngine
 from calibrate.validate.validate import validate
 from tests.fleets import AffineCurve
 from tests.measured_tables import GROUND_TRUTH, engine_of, run_of

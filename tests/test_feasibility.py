@@ -66,6 +66,16 @@ def test_weights_larger_than_the_gpu_are_refused_with_the_size_that_fits() -> No
     assert line.endswith(", smallest tensor_parallel_size that fits: 2")
 
 
+def test_blocks_set_by_hand_do_not_make_a_model_fit() -> None:
+    [line] = mistakes_after("llama-3-8b", "llama-3-70b\n        engine: {num_gpu_blocks_override: 9000}")
+    assert line.endswith(", smallest tensor_parallel_size that fits: 2")
+
+
+def test_a_model_too_large_for_a_laptop_is_not_split_over_its_cores() -> None:
+    [line] = mistakes(GOOD.replace("llama-3-8b", "llama-3-70b").replace("H100-SXM", "CPU"))
+    assert line.endswith(", take a smaller model or another quantization")
+
+
 def test_a_kv_cache_smaller_than_one_request_is_refused_with_what_would_fit() -> None:
     text = GOOD.replace("llama-3-8b", "llama-3.1-8b\n        engine: {max_model_len: 131072}")
 

@@ -10,8 +10,8 @@ from calibrate.fit.fit import NOISE, PRIOR_SPREAD, Calibration, fit
 from calibrate.fit.held_out import error_growth, held_out_errors, leave_one_out
 from calibrate.fit.observations import observe
 from calibrate.fit.parameters import ASYNCHRONOUS, CORRECTIONS, OVERHEADS, SYNCHRONOUS, Estimate, group_of_version
+from calibrate.predictor import CannotPredictError
 from calibrate.tables.measured_runs import MeasuredRun
-from calibrate.validate.predictor import CannotPredictError
 from sim.factors import packaged_factors
 from sim.service_curve import IterationWork
 from tests.synthetic_runs import ENGINES, TRUTH, by_linear_model, by_roofline, loads, with_noise

@@ -6,8 +6,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from calibrate.fit.fit import fit
+from calibrate.fit.operators import operator_factors, read_operators
 from calibrate.tables.measured_runs import read_measured_runs
-from calibrate.tables.operators import operator_factors, read_operators
 from sim.cli import main
 from sim.profile import load_profile
 from sim.resolve import packaged_profiles, resolve_expert

@@ -203,3 +203,17 @@ def test_the_longest_time_for_an_answer_is_kept(tmp_path: Path) -> None:
 
         fleet.play(story)
         assert [line["outcome"] for line in fleet.gateway_log()] == ["total_timeout"]
+
+
+def test_a_silence_between_chunks_has_its_own_limit_however_long_the_first_may_take(tmp_path: Path) -> None:
+    with scene(tmp_path, behaviour={"itl_s": 0.05}, timeouts={"first_byte_s": 30.0, "idle_s": 0.5}) as fleet:
+
+        async def story(client: Client) -> None:
+            late = await client.complete("code", max_tokens=2, mock={"ttft_s": 1.5, "late_head": True})
+            assert late.outcome == "completed"
+            reply = await client.complete("code", max_tokens=10, mock={"hang_after": 3})
+            assert (reply.errors, reply.is_done) == (1, True)
+            assert 0.5 < reply.took_s < 3
+
+        fleet.play(story)
+        assert [line["outcome"] for line in fleet.gateway_log()] == ["completed", "idle_timeout"]

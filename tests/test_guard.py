@@ -4,13 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from real.serving.guarded_process import GuardedProcess, LifeLine, child_environment
-from tests.kit.process_tree import becomes_true, is_alive, processes_of_group
+from real.processes.guarded_process import GuardedProcess, LifeLine, child_environment
+from tests.kit.process_tree import becomes_true, child_named, is_alive, processes_of_group
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="guards adopt orphans on Linux only")
 
@@ -85,7 +86,7 @@ def test_when_the_life_line_closes_everything_ends(tmp_path: Path, life: LifeLin
 
 def test_when_the_one_who_started_it_is_killed_everything_ends(tmp_path: Path) -> None:
     starter = (
-        "import sys, time; from pathlib import Path; from real.serving.guarded_process import *;"
+        "import sys, time; from pathlib import Path; from real.processes.guarded_process import *;"
         f"p = GuardedProcess([sys.executable, '-c', {FAMILY!r}], log=Path({str(tmp_path / 'log')!r}), life=LifeLine());"
         "p.start(); print(p.pid, flush=True); time.sleep(600)"
     )
@@ -127,6 +128,81 @@ def test_the_command_is_confined_to_its_cores(tmp_path: Path, life: LifeLine) ->
     process = started(tmp_path, life, "import os; print(os.sched_getaffinity(0))", cores=(core,))
     assert becomes_true(lambda: process.exit_status == 0, 10)
     assert process.log_text().strip() == str({core})
+
+
+# A command that has a temporary file and, through a child of its own, shared memory; it writes down where.
+MESSY = """
+import tempfile, time
+from multiprocessing import get_context
+from multiprocessing.shared_memory import SharedMemory
+
+def child(name):
+    time.sleep(600)
+
+if __name__ == "__main__":
+    shared = SharedMemory(create=True, size=100)
+    get_context("spawn").Process(target=child, args=(shared.name,), daemon=True).start()
+    print(tempfile.mkstemp()[1], "/dev/shm/" + shared.name, flush=True)
+    time.sleep(600)
+"""
+
+# What vLLM does.
+SOCKET = """
+import socket, tempfile, uuid
+socket.socket(socket.AF_UNIX).bind(f"{tempfile.gettempdir()}/{uuid.uuid4()}")
+"""
+
+
+def messy(tmp_path: Path, life: LifeLine) -> tuple[GuardedProcess, Path, Path]:
+    script = tmp_path / "messy.py"
+    script.write_text(MESSY)
+    process = GuardedProcess(
+        [sys.executable, str(script)], log=tmp_path / "log", life=life, environment=child_environment({})
+    )
+    process.start()
+    assert becomes_true(lambda: len(process.log_text().split()) == 2, 10)
+    file, shared = map(Path, process.log_text().split())
+    assert file.exists()
+    assert shared.exists()
+    return process, file.parent, shared
+
+
+def test_a_command_killed_leaves_no_files_and_no_shared_memory(tmp_path: Path, life: LifeLine) -> None:
+    process, folder, shared = messy(tmp_path, life)
+    assert process.pid is not None
+    os.kill(child_named(process.pid, "messy.py"), signal.SIGKILL)
+    assert becomes_true(lambda: process.exit_status == 128 + signal.SIGKILL, 10)
+    assert not folder.exists()
+    assert not shared.exists()
+
+
+def test_when_the_life_line_closes_no_files_and_no_shared_memory_are_left(tmp_path: Path, life: LifeLine) -> None:
+    process, folder, shared = messy(tmp_path, life)
+    life.close()
+    assert becomes_true(lambda: process.exit_status == 128 + signal.SIGKILL, 10)
+    assert not folder.exists()
+    assert not shared.exists()
+
+
+def test_a_guard_killed_leaves_no_files(tmp_path: Path, life: LifeLine) -> None:
+    process, folder, shared = messy(tmp_path, life)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    assert becomes_true(lambda: process.exit_status == 128 + signal.SIGKILL, 10)
+    assert not folder.exists()
+    shared.unlink(missing_ok=True)  # whose tracker may have been killed with the rest
+
+
+def test_the_temporary_folder_has_a_path_short_enough_for_sockets(
+    tmp_path: Path, life: LifeLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = tmp_path / ("deep" * 20)
+    deep.mkdir()
+    for place in (tempfile.gettempdir(), str(deep)):
+        monkeypatch.setattr(tempfile, "tempdir", place)
+        process = started(tmp_path, life, SOCKET)
+        assert becomes_true(lambda process=process: process.exit_status is not None, 10)  # type: ignore[misc]
+        assert process.exit_status == 0, process.log_text()
 
 
 def test_a_second_start_reads_only_its_own_log(tmp_path: Path, life: LifeLine) -> None:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from calibrate.fit.folder_fit import measured_folders
 from calibrate.measure.engine_under_test import EngineGoneError, EngineUnderTest
 from calibrate.measure.files import MeasurementError, MeasurementFolder
+from calibrate.measure.folder_fit import measured_folders
 from calibrate.measure.grid import Lengths, lengths_of
 from calibrate.measure.measured_profile import fit_folder
 from calibrate.measure.one_engine import MOST_RESTARTS, Outcome, measure_expert

@@ -7,7 +7,7 @@ from calibrate.fit.experts import ExpertKey
 from calibrate.fit.fit import NOISE, Calibration, fit
 from calibrate.fit.next_measurements import BATCHES, candidate_points, knowledge, narrowings, suggest
 from calibrate.fit.parameters import ASYNCHRONOUS, SYNCHRONOUS
-from calibrate.validate.predictor import CannotPredictError
+from calibrate.predictor import CannotPredictError
 from tests.synthetic_runs import TRUTH, VERSION, by_linear_model, loads, with_noise
 
 EXPERTS: list[ExpertKey] = [

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from calibrate.fit.operators import operator_factors, read_operators
 from calibrate.tables.measured_runs import MeasurementError
-from calibrate.tables.operators import operator_factors, read_operators
 from sim.factors import GemmFactors, packaged_factors
 from tests.measured_tables import write_table
 

@@ -21,6 +21,7 @@ from sim.policies import (
     random,
     round_robin,
 )
+from sim.request import Request
 from sim.routing import confusion
 from sim.spec import ReplicaPolicy, RouterSpec
 from tests.fleets import FREE_ROUTER
@@ -187,7 +188,8 @@ def taken_for(spec: RouterSpec) -> Iterator[tuple[int, Counter[int]]]:
     for true in range(len(CLASSES)):
         misroute = confusion(spec, CLASSES, seed=5)
         assert misroute is not None
-        yield true, Counter(misroute(true) for _ in range(DRAWS))
+        request = Request(0, 0, class_index=true, prompt_tokens=1, output_tokens=1)
+        yield true, Counter(misroute(request) for _ in range(DRAWS))
 
 
 @pytest.mark.parametrize("spec", [None, FREE_ROUTER])

@@ -4,8 +4,8 @@ from math import nan
 import numpy as np
 import pytest
 
+from calibrate.predictor import CannotPredictError
 from calibrate.tables.measured_runs import MeasuredRequests, MeasuredRun
-from calibrate.validate.predictor import CannotPredictError
 from calibrate.validate.replay import LIGHT, NEAR_SATURATION, OVERLOADED, replay
 from sim.fleet import EngineSettings, Expert, Fleet
 from sim.metrics import e2el_s, ttft_s

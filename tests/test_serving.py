@@ -18,8 +18,8 @@ from click.testing import CliRunner
 import real.serving.supervisor
 from real.experts.checkpoints import Checkpoint
 from real.experts.expert_server import EngineFailedError, ExpertServer
+from real.processes.guarded_process import child_environment
 from real.serving.fleet import STATE_FILE, RunningFleet, read_state, serving
-from real.serving.guarded_process import child_environment
 from sim.cli import main
 from sim.fleet_file import FleetFileError, LoadedFleetFile, parse_fleet
 from tests.kit.client import Client, Reply, play

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from calibrate.predictor import CannotPredictError, PredictedEngine, Predictor
 from calibrate.tables.measured_runs import MeasuredRun
 from calibrate.validate.accuracy_report import read_peer_figures
 from calibrate.validate.conformal import interval_factors
 from calibrate.validate.error_tables import GROUPINGS, summaries
-from calibrate.validate.predictor import CannotPredictError, PredictedEngine, Predictor
 from calibrate.validate.validate import ErrorRow, validate, with_intervals
 from sim.cli import main
 from sim.service_curve import CurveSource, DecodePiece, IterationWork

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import isnan
 from pathlib import Path
 
@@ -11,14 +11,21 @@ import numpy as np
 
 from calibrate.check.batch_sizes import BATCH_BINS, batch_shares, bin_labels
 from calibrate.check.comparison import Figure, compare, coverage
+from calibrate.check.pace import Pace, factors, paces
 from calibrate.check.station_times import StationTime, station_times
-from real.experts.iteration_log import IterationLog
-from real.serving.fleet import RunningFleet, serving
+from calibrate.check.taken_for import taken_for
+from real.experts.iteration_log import IterationLine, IterationLog
+from real.serving.fleet import serving
 from real.users.run import run
+from sim.outputs import write_result
+from sim.request import Request
+from sim.resolve import profile_of
 from sim.result import Result
 from sim.run import loads, simulate, trace_replica
-from sim.spec import FleetFile
+from sim.spec import ClosedLoop, FleetFile, OpenLoop, Trace
 
+RECORDS = ("csv", "parquet")
+"""Formats in which a check keeps what was predicted and measured."""
 OTHER_DRAWS = 4
 """Further seeds simulated for the interval of one run: what the draw of requests alone changes."""
 
@@ -39,6 +46,7 @@ class CheckOutcome:
         stations: where requests spent their time, by load and expert.
         batches: replica -> shares of iterations by requests in them (``batch_bins``), simulated and measured, at the
             highest load.
+        paces: how fast the engines' iterations were beside their curves.
         interrupted: whether real runs are missing because the user stopped.
     """
 
@@ -49,6 +57,7 @@ class CheckOutcome:
     figures: Sequence[Figure]
     stations: Sequence[StationTime]
     batches: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    paces: Sequence[Pace] = ()
     batch_bins: Sequence[str] = field(default_factory=lambda: bin_labels(BATCH_BINS))
     interrupted: bool = False
 
@@ -84,20 +93,44 @@ class CheckOutcome:
         ]
         lines += [
             f"  {figure.column} at load {figure.load:g}: {figure.error:+.1%}, limit {figure.limit:.1%} (noise "
-            f"{figure.noise_floor:.1%})"
+            f"{'not known' if isnan(figure.noise_floor) else f'{figure.noise_floor:.1%}'})"
             for figure in self.failing
         ]
         if self.failing:
-            lines.append(self._blame(max(self.failing, key=lambda figure: abs(figure.error) / figure.limit).load))
+            worst = max(self.failing, key=lambda figure: abs(figure.error) / figure.limit)
+            lines.append(self._blame(worst.load))
+            if not isnan(worst.error_at_pace):
+                lines.append(self._clock(worst))
         lines += [f"predicted with {label}" for label in self.predicted.curve_labels]
         measured = self.measured[0].measured if self.measured else None
         if measured is not None:
             engines = sorted({engine for fleet in measured.engines.values() for engine in fleet.values()})
             lines.append(f"measured {len(self.measured)} times, {measured.started}, {', '.join(engines)}")
+            lines += self._other_versions(measured.engines.get(self.fleet, {}))
         lines += [f"note of a real run: {note}" for note in dict.fromkeys(n for r in self.measured for n in r.notes)]
         if self.interrupted:
             lines.append("interrupted: loads or repeats are missing")
         return lines
+
+    def _other_versions(self, engines: Mapping[str, str]) -> list[str]:
+        """Say which profiles are of another engine version than the one that ran, by expert."""
+        lines = []
+        for name, spec in self.file.fleets[self.fleet].experts.items():
+            profile, ran = profile_of(spec), engines.get(name)
+            if profile is not None and ran is not None and ran != profile.expert.engine_version:
+                lines.append(
+                    f"expert {name}: the profile {profile.name} is of {profile.expert.engine_version} and {ran} ran: "
+                    "measure it again (leave out its profile, or give another --out)"
+                )
+        return lines
+
+    def _clock(self, worst: Figure) -> str:
+        """Say how much of a figure's error is the iteration times'."""
+        shown = " and ".join(f"{each.pace:.2f} ({each.expert})" for each in self.paces if each.load == worst.load)
+        return (
+            f"iterations took {shown} times what the profiles say of the same batches; with that put in, "
+            f"{worst.column} at load {worst.load:g} is off by {worst.error_at_pace:+.1%}: that is the model's own"
+        )
 
     def _blame(self, load: float) -> str:
         """Name the station whose time is furthest off at a load, of the expert where it is."""
@@ -111,7 +144,7 @@ class CheckOutcome:
         )
 
 
-def check(file: FleetFile, fleet: str, *, logs: Path, step: Step) -> CheckOutcome:
+def check(file: FleetFile, fleet: str, *, folder: Path, step: Step) -> CheckOutcome:
     """Simulate a fleet of a calibrated file, run it for real, and compare.
 
     Ctrl-C ends the real runs early: what was measured is compared, with ``interrupted`` set.
@@ -119,7 +152,8 @@ def check(file: FleetFile, fleet: str, *, logs: Path, step: Step) -> CheckOutcom
     Args:
         file: its experts have profiles, or the roofline predicts.
         fleet: one of its fleets.
-        logs: folder for the logs of the real processes.
+        folder: for the logs of the real processes and for the records of the prediction and of each real run, which are
+            written as soon as there are any.
         step: shows progress.
 
     Raises:
@@ -134,22 +168,38 @@ def check(file: FleetFile, fleet: str, *, logs: Path, step: Step) -> CheckOutcom
         }
     )
     with step("simulating") as progress:
-        predicted = simulate(file, progress=progress)
-        bounds = [simulate(file, iteration_time_factors=factors) for factors in _ends(predicted, fleet)]
+        classified = taken_for(file, fleet)
+        predicted = simulate(file, taken_for=classified, workers=1, progress=progress)
+        write_result(predicted, folder / "predicted", RECORDS)
+        bounds = [
+            simulate(file, iteration_time_factors=factors, taken_for=classified, workers=1)
+            for factors in _ends(predicted, fleet)
+        ]
         bounds += [simulate(file, seed=file.run.seed + draw) for draw in range(1, OTHER_DRAWS + 1)]
+    experts = {expert.name: index for index, expert in enumerate(predicted.fleets[fleet].experts)}
     measured: list[Result] = []
     interrupted = False
-    with step("starting the fleet"), serving(file, fleet, logs=logs) as running:
+    with step("starting the fleet"), serving(file, fleet, logs=folder / "logs") as running:
         for repeat in range(spec.repeats):
             with step(f"measuring, run {repeat + 1} of {spec.repeats}") as progress:
                 result = run(file, fleet=fleet, url=running.url, replica_urls=running.replica_urls, progress=progress)
             if result.runs:
                 measured.append(result)
+                write_result(result, folder / f"measured-{repeat + 1}", RECORDS)
             if result.interrupted:
                 interrupted = True
                 break
-        batches = _batches(predicted, measured, fleet, running) if measured else {}
-    figures = compare(predicted, bounds, measured, fleet, spec)
+        lines = {
+            (experts[server.plan.expert], server.plan.replica): IterationLog(server.log).new_lines()
+            for server in running.servers
+        }
+    found = paces(predicted.fleets[fleet].experts, [run for result in measured for run in result.runs], lines)
+    at_pace = [
+        simulate(_at_load(file, load), iteration_time_factors=factors(found, load), taken_for=classified, workers=1)
+        for load in dict.fromkeys(pace.load for pace in found)
+    ]
+    batches = _batches(predicted, measured, fleet, lines, classified) if measured else {}
+    figures = compare(predicted, bounds, measured, fleet, spec, at_pace=at_pace)
     compared = {figure.load for figure in figures}
     stations = [
         row
@@ -168,8 +218,21 @@ def check(file: FleetFile, fleet: str, *, logs: Path, step: Step) -> CheckOutcom
         figures=figures,
         stations=stations,
         batches=batches,
+        paces=found,
         interrupted=interrupted,
     )
+
+
+def _at_load(file: FleetFile, load: float) -> FleetFile:
+    """The file with one of its workload's loads alone."""
+    spec = file.workload.load
+    if isinstance(spec, ClosedLoop):
+        changed: ClosedLoop | OpenLoop | Trace = spec.model_copy(update={"users": [round(load)]})
+    elif isinstance(spec, OpenLoop):
+        changed = spec.model_copy(update={"rate_rps": [load]})
+    else:
+        changed = spec
+    return file.model_copy(update={"workload": file.workload.model_copy(update={"load": changed})})
 
 
 def _ends(predicted: Result, fleet: str) -> list[dict[str, float]]:
@@ -189,7 +252,11 @@ def _ends(predicted: Result, fleet: str) -> list[dict[str, float]]:
 
 
 def _batches(
-    predicted: Result, measured: Sequence[Result], fleet: str, running: RunningFleet
+    predicted: Result,
+    measured: Sequence[Result],
+    fleet: str,
+    lines: Mapping[tuple[int, int], Sequence[IterationLine]],
+    classified: Callable[[Request], int] | None,
 ) -> dict[str, tuple[Sequence[float], Sequence[float]]]:
     """Requests per iteration at the highest load, from the simulation and from the engines' logs."""
     found: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
@@ -200,20 +267,18 @@ def _batches(
         for real in result.runs
         if real.load == record.load
     ]
-    experts = {expert.name: index for index, expert in enumerate(predicted.fleets[fleet].experts)}
-    for server in running.servers:
-        plan = server.plan
-        traced = trace_replica(predicted, fleet, experts[plan.expert], plan.replica)
+    experts = predicted.fleets[fleet].experts
+    for (index, replica), logged in lines.items():
+        traced = trace_replica(predicted, fleet, index, replica, classified)
         sizes = [
             each.prefills + each.decodes for each in traced if record.window_s[0] < each.start_s <= record.window_s[1]
         ]
-        lines = IterationLog(server.log).new_lines()
         real = [
             line.context_requests + line.generation_requests
-            for line in lines
+            for line in logged
             if any(start <= line.ended_s <= end for start, end in windows)
         ]
-        found[plan.name] = batch_shares(np.array(sizes)), batch_shares(np.array(real))
+        found[f"{experts[index].name}/{replica}"] = batch_shares(np.array(sizes)), batch_shares(np.array(real))
     return found
 
 
@@ -241,10 +306,12 @@ def as_json(outcome: CheckOutcome) -> str:
                     "measured_interval": [known(figure.measured_low), known(figure.measured_high)],
                     "error": known(figure.error),
                     "noise_floor": known(figure.noise_floor),
+                    "error_at_pace": known(figure.error_at_pace),
                     "passes": figure.passes,
                 }
                 for figure in outcome.figures
             ],
+            "paces": [asdict(pace) for pace in outcome.paces],
         },
         indent=1,
     )

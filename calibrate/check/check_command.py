@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("results/check"),
     show_default=True,
-    help="Folder for calibration, logs, tables and the picture; a calibration already in it is used.",
+    help="Folder for calibration, logs, records, tables and the picture; a calibration already in it is used.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print verdict and figures as JSON instead of tables.")
 def command(
@@ -51,7 +51,6 @@ def command(
     from calibrate.check.check import as_json as outcome_json
     from calibrate.check.check import check
     from calibrate.check.check_report import print_check, write_check
-    from calibrate.measure.engine_under_test import EngineGoneError
     from real.experts.expert_server import EngineFailedError
     from real.serving.fleet import only_fleet
     from sim.fleet_file import FleetFileError, load_fleet
@@ -67,8 +66,8 @@ def command(
         fleet = only_fleet(fleet_file) if fleet_name is None else fleet_name
         calibrated = _calibrated(fleet_file, fleet, minutes, out / "calibration", messages)
         changed = with_changes(calibrated, users=users, seed=None, replications=None)
-        outcome = check(changed, fleet, logs=out / "logs", step=lambda what: _step(messages, what))
-    except (FleetFileError, TraceError, EngineFailedError, EngineGoneError, ValueError, OSError) as error:
+        outcome = check(changed, fleet, folder=out, step=lambda what: _step(messages, what))
+    except (FleetFileError, TraceError, EngineFailedError, ValueError, OSError) as error:
         messages.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from calibrate.check.comparison import Figure, coverage
+from calibrate.check.pace import Pace
 from calibrate.check.station_times import StationTime
 from sim.report import BOX, number_text
 from sim.spec import ALL_EXPERTS
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
 
     from calibrate.check.check import CheckOutcome
 
-TABLE = (
+Columns = Sequence[tuple[str, str]]
+"""Figures by their columns in ``sim.metrics``, each with a heading."""
+
+TABLE: Columns = (
     ("output_throughput", "tokens/s"),
     ("mean_ttft_ms", "TTFT mean"),
     ("p99_ttft_ms", "TTFT p99"),
@@ -41,58 +45,97 @@ PANELS = (
 CSV_COLUMNS = (
     *("load", "expert", "metric", "predicted", "predicted_low", "predicted_high"),
     *("measured", "measured_low", "measured_high", "error_pct", "noise_floor_pct", "limit_pct", "passes", "covered"),
+    "error_at_pace_pct",
 )
+AT_PACE_SHOWN = ("output_throughput", "mean_ttft_ms", "mean_tpot_ms", "mean_e2el_ms", "p99_e2el_ms")
+PACE_TITLE = "time of the engines' iterations as a multiple of what the profile says of the same batches"
 STATION_SHOWN_S = 0.0005  # a difference below half a millisecond says nothing
 
 
 def print_check(outcome: "CheckOutcome", console: Console) -> None:
-    """Print the comparison, the stations, the batches, and the verdict."""
-    console.print(_figure_table(outcome.figures))
-    console.print(_station_table(outcome.stations))
+    """Print the comparison, the stations, the batches, the pace, and the verdict."""
+    console.print(figure_table(outcome.figures))
+    console.print(station_table(outcome.stations))
     console.print(_batch_table(outcome))
+    if outcome.paces:
+        console.print(_pace_table(outcome.paces))
+        console.print(_at_pace_table(outcome.figures))
     for line in outcome.remarks():
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def write_check(outcome: "CheckOutcome", folder: Path) -> list[Path]:
-    """Write ``check.csv``, ``stations.csv``, ``check.png`` and ``check.md`` into a folder and return their paths."""
+    """Write a comparison's tables (CSV), picture and Markdown page into a folder and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / name for name in ("check.csv", "stations.csv", "check.png", "check.md")]
+    paths = [folder / name for name in ("check.csv", "stations.csv", "pace.csv", "check.png", "check.md")]
     _write_csv(paths[0], CSV_COLUMNS, [_csv_row(figure) for figure in outcome.figures])
     _write_csv(
         paths[1],
         ("load", "expert", "station", "simulated_s", "measured_s"),
         [(row.load, row.expert, row.station, row.simulated_s, row.measured_s) for row in outcome.stations],
     )
+    names = ("load", "expert", "pace", "low", "high", "iterations", "known")
+    _write_csv(paths[2], names, [tuple(getattr(pace, name) for name in names) for pace in outcome.paces])
     from sim.plots import save_picture
 
-    save_picture(check_picture(outcome.figures, outcome.title), paths[2], "png")
-    paths[3].write_text(check_markdown(outcome), encoding="utf-8")
+    save_picture(check_picture(outcome.figures, outcome.title), paths[3], "png")
+    paths[4].write_text(check_markdown(outcome), encoding="utf-8")
     return paths
 
 
 def check_markdown(outcome: "CheckOutcome") -> str:
     """Return the comparison of the fleet as a Markdown page."""
     fleet = [figure for figure in outcome.figures if figure.expert == ALL_EXPERTS]
-    heads = [head for _, head in TABLE]
     remarks = [f"{'  ' * line.startswith('  ')}- {line.strip()}" for line in outcome.remarks()]
     lines = [f"# {outcome.title}", "", *remarks, "", "![predicted and measured](check.png)", ""]
     lines += ["Predicted / measured (error); bold: outside its tolerance and the noise.", ""]
-    lines += [f"| load | {' | '.join(heads)} |", f"| ---: |{' ---: |' * len(heads)}"]
-    for load in _loads(fleet):
-        at = {figure.column: figure for figure in fleet if figure.load == load}
-        lines.append(f"| {load:g} | {' | '.join(_markdown_cell(at[column]) for column, _ in TABLE)} |")
+    lines += figure_markdown(fleet)
+    if outcome.paces:
+        lines += _pace_lines(outcome.paces, fleet)
     lines += ["", "Mean milliseconds of a request at each station, simulated / measured:", ""]
-    stations = list(dict.fromkeys(row.station for row in outcome.stations))
-    lines += [f"| load | expert | {' | '.join(stations)} |", f"| ---: | --- |{' ---: |' * len(stations)}"]
-    for load, expert in dict.fromkeys((row.load, row.expert) for row in outcome.stations):
+    lines += station_markdown(outcome.stations)
+    return "\n".join(lines) + "\n"
+
+
+def figure_markdown(figures: Sequence[Figure], columns: Columns = TABLE) -> list[str]:
+    """Return the lines of a table: a row a load, a column a figure."""
+    lines = [f"| load | {' | '.join(head for _, head in columns)} |", f"| ---: |{' ---: |' * len(columns)}"]
+    for load in _loads(figures):
+        at = {figure.column: figure for figure in figures if figure.load == load}
+        lines.append(f"| {load:g} | {' | '.join(_markdown_cell(at[column]) for column, _ in columns)} |")
+    return lines
+
+
+def station_markdown(rows: Sequence[StationTime]) -> list[str]:
+    """Return the lines of a table: a row a load and expert, a column a station."""
+    stations = list(dict.fromkeys(row.station for row in rows))
+    lines = [f"| load | expert | {' | '.join(stations)} |", f"| ---: | --- |{' ---: |' * len(stations)}"]
+    for load, expert in dict.fromkeys((row.load, row.expert) for row in rows):
         cells = [
             f"{number_text(row.simulated_s * 1e3)} / {number_text(row.measured_s * 1e3)}"
-            for row in outcome.stations
+            for row in rows
             if (row.load, row.expert) == (load, expert)
         ]
         lines.append(f"| {load:g} | {expert} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+def _pace_lines(paces: Sequence[Pace], figures: Sequence[Figure]) -> list[str]:
+    """The engines' pace, and the errors that are left with it put in, as Markdown."""
+    columns = [(column, head) for column, head in TABLE if column in AT_PACE_SHOWN]
+    lines = ["", f"{PACE_TITLE}; errors when that pace is put into the prediction:", ""]
+    heads = " | ".join(head for _, head in columns)
+    lines += [
+        f"| load | pace | {heads} |",
+        f"| ---: | --- |{' ---: |' * len(columns)}",
+    ]
+    for load in _loads(figures):
+        pace = ", ".join(f"{each.expert} {each.pace:.3f}" for each in paces if each.load == load)
+        at = {figure.column: figure for figure in figures if figure.load == load}
+        lines.append(
+            f"| {load:g} | {pace} | {' | '.join(_percent(at[column].error_at_pace) for column, _ in columns)} |"
+        )
+    return lines
 
 
 def check_picture(figures: Sequence[Figure], title: str) -> "Picture":
@@ -134,7 +177,8 @@ def _loads(figures: Sequence[Figure]) -> list[float]:
     return sorted({figure.load for figure in figures})
 
 
-def _figure_table(figures: Sequence[Figure]) -> Table:
+def figure_table(figures: Sequence[Figure], columns: Columns = TABLE) -> Table:
+    """Return a table for terminals: a row a load and expert, a column a figure."""
     table = Table(
         title="predicted / measured, error; * outside tolerance and noise",
         title_justify="left",
@@ -143,13 +187,13 @@ def _figure_table(figures: Sequence[Figure]) -> Table:
     )
     table.add_column("load", justify="right")
     table.add_column("expert")
-    for _, head in TABLE:
+    for _, head in columns:
         table.add_column(head, justify="right", no_wrap=True)
     for load in _loads(figures):
         for expert in dict.fromkeys(figure.expert for figure in figures):
             at = {f.column: f for f in figures if f.load == load and f.expert == expert}
             if at:
-                table.add_row(f"{load:g}", expert, *(_cell(at[column]) for column, _ in TABLE))
+                table.add_row(f"{load:g}", expert, *(_cell(at[column]) for column, _ in columns))
         table.add_section()
     return table
 
@@ -168,9 +212,10 @@ def _percent(share: float) -> str:
     return "-" if isnan(share) else f"{share:+.1%}"
 
 
-def _station_table(rows: Sequence[StationTime]) -> Table:
+def station_table(rows: Sequence[StationTime], what: str = "mean") -> Table:
+    """Return a table for terminals: a row a load and expert, a column a station; ``what`` its times are."""
     table = Table(
-        title="mean ms of a request at each station, simulated / measured; the largest difference in bold",
+        title=f"{what} ms of a request at each station, simulated / measured; the largest difference in bold",
         title_justify="left",
         box=BOX,
         title_style="bold",
@@ -190,6 +235,35 @@ def _station_table(rows: Sequence[StationTime]) -> Table:
             text = f"{number_text(row.simulated_s * 1e3)} / {number_text(row.measured_s * 1e3)}"
             cells.append(f"[bold]{text}[/bold]" if value == worst and worst > STATION_SHOWN_S else text)
         table.add_row(f"{load:g}", expert, *cells)
+    return table
+
+
+def _pace_table(paces: Sequence[Pace]) -> Table:
+    table = Table(title=PACE_TITLE, title_justify="left", box=BOX, title_style="bold")
+    for name in ("load", "expert", "pace", "of the runs", "iterations", "batches known"):
+        table.add_column(name, justify="left" if name == "expert" else "right")
+    for pace in paces:
+        table.add_row(
+            *(f"{pace.load:g}", pace.expert, f"{pace.pace:.3f}", f"{pace.low:.3f} to {pace.high:.3f}"),
+            *(f"{pace.iterations:,}", f"{pace.known:.0%}"),
+        )
+    return table
+
+
+def _at_pace_table(figures: Sequence[Figure]) -> Table:
+    table = Table(
+        title="errors of the fleet's figures when that pace is put into the prediction",
+        title_justify="left",
+        box=BOX,
+        title_style="bold",
+    )
+    table.add_column("load", justify="right")
+    for _, head in TABLE:
+        table.add_column(head, justify="right")
+    fleet = [figure for figure in figures if figure.expert == ALL_EXPERTS]
+    for load in _loads(fleet):
+        at = {figure.column: figure for figure in fleet if figure.load == load}
+        table.add_row(f"{load:g}", *(_percent(at[column].error_at_pace) for column, _ in TABLE))
     return table
 
 
@@ -215,6 +289,7 @@ def _csv_row(figure: Figure) -> tuple[Any, ...]:
         *(figure.load, figure.expert, figure.column, figure.predicted, figure.predicted_low, figure.predicted_high),
         *(figure.measured, figure.measured_low, figure.measured_high, 100 * figure.error, 100 * figure.noise_floor),
         *(100 * figure.limit if not isnan(figure.tolerance) else float("nan"), figure.passes, figure.covered),
+        100 * figure.error_at_pace,
     )
 
 

@@ -49,9 +49,10 @@ class Figure:
         predicted_low, predicted_high: 90 % interval of the prediction for one real run.
         measured: mean over repeated runs.
         measured_low, measured_high: its 90 % bootstrap interval; NaN where it cannot be resampled.
-        noise_floor: relative standard deviation between repeated real runs; NaN for a single one.
+        noise_floor: relative standard deviation between repeated real runs, pooled over the loads; NaN for single ones.
         tolerance: largest relative error that passes; NaN for a figure that is shown and not judged.
         noise_floors: how many noise floors pass as well.
+        predicted_at_pace: predicted once more with the iteration times that the engines had; NaN where not known.
     """
 
     load: float
@@ -66,11 +67,17 @@ class Figure:
     noise_floor: float
     tolerance: float
     noise_floors: float
+    predicted_at_pace: float = nan
 
     @property
     def error(self) -> float:
         """(predicted - measured) / measured."""
         return (self.predicted - self.measured) / self.measured if self.measured else nan
+
+    @property
+    def error_at_pace(self) -> float:
+        """The error that is left when the engines' own pace is put in."""
+        return (self.predicted_at_pace - self.measured) / self.measured if self.measured else nan
 
     @property
     def limit(self) -> float:
@@ -94,7 +101,13 @@ class Figure:
 
 
 def compare(
-    predicted: Result, bounds: Sequence[Result], measured: Sequence[Result], fleet: str, spec: CheckSpec
+    predicted: Result,
+    bounds: Sequence[Result],
+    measured: Sequence[Result],
+    fleet: str,
+    spec: CheckSpec,
+    *,
+    at_pace: Sequence[Result] = (),
 ) -> list[Figure]:
     """Return every figure of one fleet at every load that both sides have, the fleet's own first.
 
@@ -104,10 +117,13 @@ def compare(
         measured: repeated real runs, one result each.
         fleet: its name in both.
         spec: tolerances.
+        at_pace: simulated with the iteration times that the engines had, each at some of the loads.
     """
     central = _rows(predicted, fleet)
+    paced = {key: row for result in at_pace for key, row in _rows(result, fleet).items()}
     spread = [_rows(result, fleet) for result in bounds]
     real = [_rows(result, fleet) for result in measured]
+    floors = _noise_floors(real)
     figures = []
     for (load, expert), row in central.items():
         if not all((load, expert) in rows for rows in real) or not real:
@@ -129,9 +145,10 @@ def compare(
                     measured=mean,
                     measured_low=low,
                     measured_high=high,
-                    noise_floor=float(values.std(ddof=1) / mean) if len(values) > 1 and mean else nan,
+                    noise_floor=floors.get((expert, column), nan),
                     tolerance=_tolerance(spec.tolerances, column) if expert == ALL_EXPERTS else nan,
                     noise_floors=spec.tolerances.noise_floors,
+                    predicted_at_pace=float(paced[load, expert][column]) if (load, expert) in paced else nan,
                 )
             )
     return figures
@@ -141,6 +158,27 @@ def coverage(figures: Sequence[Figure]) -> float:
     """Return the share of the fleet's measured figures inside their predicted intervals; NaN for none."""
     known = [figure.covered for figure in figures if figure.expert == ALL_EXPERTS and figure.covered is not None]
     return sum(known) / len(known) if known else nan
+
+
+def _noise_floors(real: Sequence[Mapping[tuple[float, str], Mapping[str, float]]]) -> dict[tuple[str, str], float]:
+    """Return (expert, column) -> relative standard deviation between repeats, pooled over the loads.
+
+    Two or three repeats of one load tell little of their spread, and by chance now and then almost none; the loads ran
+    on the same machine in turn, so their variances are taken together.
+    """
+    floors: dict[tuple[str, str], float] = {}
+    if len(real) < 2:
+        return floors
+    shared = [key for key in real[0] if all(key in rows for rows in real)]
+    for expert in dict.fromkeys(expert for _, expert in shared):
+        for column in COLUMNS:
+            values = np.array([[rows[key][column] for rows in real] for key in shared if key[1] == expert])
+            with np.errstate(invalid="ignore", divide="ignore"):
+                variances = (values.std(axis=1, ddof=1) / values.mean(axis=1)) ** 2
+            known = variances[np.isfinite(variances)]
+            if len(known):
+                floors[expert, column] = float(np.sqrt(known.mean()))
+    return floors
 
 
 def _tolerance(tolerances: ToleranceSpec, column: str) -> float:

@@ -34,8 +34,8 @@ from calibrate.fit.parameters import (
     group_of,
     overhead_columns,
 )
+from calibrate.predictor import CannotPredictError, PredictedEngine
 from calibrate.tables.measured_runs import MeasuredRun
-from calibrate.validate.predictor import CannotPredictError, PredictedEngine
 from sim.factors import Factors, OverheadFactors, packaged_factors
 from sim.fleet import FrontEnd
 from sim.profile import ASSUMED_ERROR_GROWTH
@@ -68,7 +68,7 @@ _NORMAL_QUANTILE = 1.645  # of a normal distribution, for CONFIDENCE
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """A fit: fulfils ``calibrate.validate.predictor.Predictor``.
+    """A fit: fulfils ``calibrate.predictor.Predictor``.
 
     Attributes:
         corrections: by name of CORRECTIONS.

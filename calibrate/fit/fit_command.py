@@ -79,15 +79,15 @@ def fit_command(
     from calibrate.fit.fit_report import print_fit, print_suggestions
     from calibrate.fit.held_out import find_held_out_errors, held_out_errors
     from calibrate.fit.next_measurements import candidate_points, knowledge, suggest
+    from calibrate.fit.operators import operator_factors, read_operators
     from calibrate.fit.parameters import group_of_version
     from calibrate.fit.profiles import make_profile, provenance_of, write_profiles
     from calibrate.tables.measured_runs import MeasurementError, read_measured_runs
-    from calibrate.tables.operators import operator_factors, read_operators
     from calibrate.tables.static_batch import read_static_batches
 
     messages, console = Console(stderr=True), wide_console()
     if runs.is_dir():
-        from calibrate.fit.folder_fit import fit_folders
+        from calibrate.measure.folder_fit import fit_folders
 
         if experts or llama_family or engine or engine_version:
             raise click.UsageError(

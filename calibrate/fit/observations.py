@@ -22,10 +22,10 @@ from calibrate.fit.parameters import (
     group_of,
     overhead_columns,
 )
+from calibrate.predictor import CannotPredictError
 from calibrate.tables.lengths import saturated_lengths
 from calibrate.tables.measured_runs import MeasuredRun
 from calibrate.tables.run_engine import shape_of
-from calibrate.validate.predictor import CannotPredictError
 from sim.factors import Factors, OverheadFactors, packaged_factors
 from sim.memory import engine_defaults
 from sim.roofline import Corrections, Roofline

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import nnls
 
-from calibrate import kernel_factors
+from calibrate.fit import kernel_factors
 from calibrate.fit.kernel_factors import Factor
 from calibrate.tables.lengths import saturated_lengths
 from calibrate.tables.measured_runs import run_of_settings

@@ -10,10 +10,10 @@ import numpy as np
 from calibrate.measure.grid import Lengths, Point
 from calibrate.measure.iteration_records import SentRequest
 from real.users.load_client import Exchange, LoadClient, Patience
+from real.users.prompts import PromptRequest, PromptWriter
 
 PATIENCE = Patience(connect_s=10.0, first_token_s=600.0, idle_s=600.0, total_s=3600.0)
-_LOWEST_ID = 10  # below it are often special tokens, and the highest ones are too
-_PLAIN_SHARE = 0.9
+_NUMBERS_A_START = 10**6  # prompts of one start of an engine; more do not come together
 PAUSE_S = 0.05
 """Mean pause of a closed-loop user before each request."""
 _LOOK_S = 0.004
@@ -25,21 +25,22 @@ class RequestFailedError(RuntimeError):
 
 
 class PointClient:
-    """Sends points of token-id prompts and fixed output lengths to one server."""
+    """Sends points of prompts and outputs of fixed lengths to one server; prompts are text, as users send it."""
 
-    def __init__(self, url: str, served_model: str, vocab_size: int, lengths: Lengths, seed: int):
+    def __init__(self, url: str, served_model: str, writer: PromptWriter, lengths: Lengths, seed: int):
         """Prepare inside a running event loop.
 
         Args:
             url: of the server.
             served_model: the name it answers to.
-            vocab_size: of its model.
+            writer: of prompts, for its tokenizer.
             lengths: of closed-loop users' requests.
-            seed: of prompts and lengths; another one for each run, so that no prompt comes twice.
+            seed: of prompts and lengths; another one for each start of an engine, so that no prompt comes twice.
         """
         self._client = LoadClient(url, PATIENCE)
         self._served_model = served_model
-        self._highest_id = max(_LOWEST_ID + 1, int(vocab_size * _PLAIN_SHARE))
+        self._writer = writer
+        self._prompts = count(_NUMBERS_A_START * seed)
         self._lengths = lengths
         self._rng = np.random.default_rng(seed)
         self._numbers = count()
@@ -92,10 +93,12 @@ class PointClient:
         return await self._answer(*self._start(prompt_tokens, output_tokens))
 
     def _start(self, prompt_tokens: int, output_tokens: int) -> tuple[Exchange, asyncio.Future[None], SentRequest]:
+        asked = PromptRequest(prompt_tokens, next(self._prompts), int(self._rng.integers(2**31)))
+        (prompt,) = self._writer.write([asked])
         body = json.dumps(
             {
                 "model": self._served_model,
-                "prompt": self._rng.integers(_LOWEST_ID, self._highest_id, size=prompt_tokens).tolist(),
+                "prompt": prompt.text,
                 "max_tokens": output_tokens,
                 "ignore_eos": True,
                 "temperature": 0,
@@ -105,14 +108,14 @@ class PointClient:
         number = next(self._numbers)
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         exchange = self._client.send(body, f"{self._label}-{number}".replace(" ", "-"), lambda _: done.set_result(None))
-        asked = SentRequest(
+        sent = SentRequest(
             point=self._label,
             number=number,
-            prompt_tokens=prompt_tokens,
+            prompt_tokens=prompt.tokens,
             output_tokens=output_tokens,
             sent_s=exchange.sent_s,
         )
-        return exchange, done, asked
+        return exchange, done, sent
 
     async def _answer(self, exchange: Exchange, done: asyncio.Future[None], asked: SentRequest) -> SentRequest:
         await done

@@ -88,7 +88,7 @@ class RunningExpert:
         from real.experts.checkpoints import find_checkpoint
         from real.experts.cores import Placement, place_replicas
         from real.experts.expert_server import EngineFailedError, ExpertServer, plan_replica
-        from real.serving.guarded_process import LifeLine
+        from real.processes.guarded_process import LifeLine
 
         self._life = LifeLine()
         try:
@@ -183,6 +183,6 @@ def _front_end_of(pid: int | None) -> int | None:
         return None
     for each in processes_under(pid):
         words = command_line(each)
-        if "api_server" in words and "real.serving.guard" not in words:
+        if "api_server" in words and "real.processes.guard" not in words:
             return each
     return None

@@ -41,7 +41,7 @@ def measure_fleet(file: LoadedFleetFile, fleet: str, *, minutes: float, out: Pat
         messages: told how far it is.
 
     Raises:
-        EngineGoneError, MeasurementError: see ``one_engine.measure_expert``; also when not all was measured.
+        MeasurementError: see ``one_engine.measure_expert``; also when not all was measured.
         ValueError: the file has no such fleet.
     """
     missing = [each for each in distinct_experts(file, [fleet]) if each.spec.profile is None]
@@ -63,6 +63,8 @@ def measure_experts(
 ) -> bool:
     """Measure engines and write a profile of each and the calibrated file; return whether all were measured completely.
 
+    One that does not come up is told and left out; the others are measured all the same.
+
     Args:
         file: as loaded; with ``whole_file`` its workload's lengths are measured, and the calibrated file is written.
         chosen: which engines.
@@ -75,15 +77,22 @@ def measure_experts(
     """
     complete = True
     profiles: dict[tuple[str, str], str] = {}
+    measured: list[DistinctExpert] = []
     router = _Router(file, chosen, out, messages) if whole_file else None
     for expert in chosen:
         afterwards = router.measure_for(expert) if router is not None and expert is chosen[-1] else None
-        outcome = _measure_one(file, expert, minutes, out, messages, command, afterwards, whole_file=whole_file)
+        try:
+            outcome = _measure_one(file, expert, minutes, out, messages, command, afterwards, whole_file=whole_file)
+        except EngineGoneError as error:  # the others may well run
+            messages.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
+            complete = False
+            continue
+        measured.append(expert)
         _fit_and_write(expert.name, outcome, out, messages, console)
         profiles |= dict.fromkeys(expert.places, f"{expert.name}.profile.json")
         complete = complete and outcome.complete
     if router is not None:
-        costs, done = router.costs()
+        costs, done = router.costs(measured)
         complete = complete and done
         fields: dict[str, dict[str, Any]] = {name: dict(each) for name, each in costs.items()}
         for name in fields:
@@ -142,7 +151,6 @@ class _Router:
         self._file = file
         self._out = out
         self._messages = messages
-        self._chosen = chosen
         self._failed = False
         fleets = dict.fromkeys(fleet for each in chosen for fleet, _ in each.places)
         self._fleets = [name for name in fleets if file.fleets[name].router is not None]
@@ -153,15 +161,15 @@ class _Router:
             return None
         return lambda engine: self._measure(expert, engine)
 
-    def costs(self) -> tuple[dict[str, dict[str, float]], bool]:
+    def costs(self, measured: Sequence[DistinctExpert]) -> tuple[dict[str, dict[str, float]], bool]:
         """Return the fields of each fleet's router, and whether they were measured where there is one.
 
-        An engine is started for it when none was needed for anything else.
+        An engine, of those that could be measured, is started for it when none was needed for anything else.
         """
         if not self._fleets:
             return {}, True
-        if self._kept() is None and self._chosen and not self._failed:
-            expert = self._chosen[-1]
+        if self._kept() is None and measured and not self._failed:
+            expert = measured[-1]
             self._messages.print(f"{expert.name}: starting the engine for the router", highlight=False)
             try:
                 engine = RunningExpert(

@@ -60,7 +60,6 @@ def measure_command(
     fleet.calibrated.yaml, which ``simulate`` takes as it is. The same command again goes on where an interrupted one
     stopped. For the time being the machine should do nothing else.
     """
-    from calibrate.measure.engine_under_test import EngineGoneError
     from calibrate.measure.files import MeasurementError
     from calibrate.measure.fleet import measure_experts
     from calibrate.measure.measured_experts import distinct_experts, without_profiles
@@ -93,7 +92,7 @@ def measure_command(
             command=_command_line(),
             whole_file=file is not None,
         )
-    except (FleetFileError, TraceError, MeasurementError, EngineGoneError, ValueError, OSError) as error:
+    except (FleetFileError, TraceError, MeasurementError, ValueError, OSError) as error:
         messages.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from calibrate.fit.front_end_fit import fit_front_end
 from calibrate.fit.iteration_fit import (
     Observations,
     TermFit,
@@ -17,6 +16,7 @@ from calibrate.fit.iteration_fit import (
     term_parameters,
 )
 from calibrate.measure.files import MeasuredPoint, MeasurementError, MeasurementFolder, Meta
+from calibrate.measure.front_end_fit import fit_front_end
 from sim.catalogue import find_gpu
 from sim.cuda_graphs import capture_sizes
 from sim.fleet import EngineSettings

@@ -32,6 +32,7 @@ from calibrate.measure.iteration_records import reconstruct, sent_frame
 from calibrate.measure.machine import clock_mhz, device_name, temperature_c
 from calibrate.measure.measured_profile import graph_sizes
 from real.experts.iteration_log import IterationLog
+from real.users.prompts import PromptWriter, load_tokenizer, read_corpus
 from sim.catalogue import find_gpu, find_model, find_quantization
 from sim.profile import ExpertIdentity
 from sim.run import program_version
@@ -175,9 +176,10 @@ class _Session:
     async def run(self) -> None:
         """Measure until the budget is used."""
         self._log.new_lines()  # those of an earlier start
-        vocab_size = find_model(self._spec.model).vocab_size
+        texts = [text for of_class in read_corpus().values() for text in of_class]
+        writer = PromptWriter(texts, load_tokenizer(self._spec))
         seed = len(self._points()) + 1000 * (self._measured.meta.restarts if self._measured.meta else 0)
-        client = PointClient(self._engine.url, self._engine.served_model, vocab_size, self._lengths, seed)
+        client = PointClient(self._engine.url, self._engine.served_model, writer, self._lengths, seed)
         try:
             await client.measure(WARM_UP, "warm-up")
             self._log.new_lines()

@@ -3,7 +3,7 @@
 import numpy as np
 
 from sim.fleet_file import LoadedFleetFile
-from sim.resolve import experts_of_classes, routes_by_class
+from sim.resolve import resolve_fleet, routes_by_class
 from sim.spec import FleetFile
 from sim.streams import stream
 from sim.traces import read_workload_data
@@ -22,24 +22,22 @@ def router_confusion(file: LoadedFleetFile | FleetFile, fleet: str) -> dict[str,
         ValueError: the classifier cannot be loaded, or a class has no texts.
     """
     from real.router.classifier import load_classifier
-    from real.users.prompts import PromptRequest, PromptWriter, load_tokenizer, read_corpus, texts_of_classes
+    from real.users.prompts import PromptRequest, read_corpus, texts_of_classes
+    from real.users.run import prompt_writers
 
     spec = file.fleets[fleet]
     classes = list(file.workload.classes)
     if spec.router is None or not routes_by_class(spec) or len(classes) == 1:
         return None
     classifier = load_classifier(file.serve.classifier, classes)
-    texts = texts_of_classes(read_corpus(), classes)
-    experts = experts_of_classes(spec, classes)
+    writers = prompt_writers(file, resolve_fleet(file, fleet), texts_of_classes(read_corpus(), classes))
     data = read_workload_data(file.workload)
     shares: dict[str, dict[str, float]] = {}
     for index, (name, of_class) in enumerate(file.workload.classes.items()):
-        tokenizer = load_tokenizer(spec.experts[experts[name][0]])
-        writer = PromptWriter(texts[name], tokenizer, shared_prefix_tokens=of_class.shared_prefix_tokens)
         uniforms = stream(0, "confusion lengths", index).random(PROMPTS_PER_CLASS)
         picks = stream(0, "confusion texts", index).integers(0, 2**31, PROMPTS_PER_CLASS)
         lengths = sample_tokens(of_class.prompt_tokens, uniforms, data)
-        prompts = writer.write(
+        prompts = writers[index].write(
             [
                 PromptRequest(int(tokens), number, int(pick))
                 for number, (tokens, pick) in enumerate(zip(lengths, picks, strict=True))

@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import isfinite
 
+from calibrate.predictor import CannotPredictError
 from calibrate.tables.lengths import saturated_lengths
 from calibrate.tables.measured_runs import MeasuredRun
 from calibrate.tables.run_engine import shape_of
-from calibrate.validate.predictor import CannotPredictError
 
 MARGIN = 1.25
 """How much longer a gap must be to count, so that neither noise nor the assumed lengths decide."""

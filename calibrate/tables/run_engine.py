@@ -3,8 +3,8 @@
 import re
 from dataclasses import dataclass
 
+from calibrate.predictor import CannotPredictError
 from calibrate.tables.measured_runs import MeasuredRun
-from calibrate.validate.predictor import CannotPredictError
 from sim.catalogue import Gpu, ModelShape, Quantization, UnknownNameError, find_gpu, find_model, find_quantization
 from sim.fleet import EngineSettings
 from sim.memory import engine_defaults, memory_budget

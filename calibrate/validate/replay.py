@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from calibrate.predictor import PredictedEngine
 from calibrate.tables.measured_runs import METRICS, MeasuredRequests, MeasuredRun
 from calibrate.tables.run_engine import RunEngine, run_engine
-from calibrate.validate.predictor import PredictedEngine
 from calibrate.validate.replay_load import ReplayLoad, replay_load
 from sim.fleet import Expert, Fleet, FrontEnd
 from sim.metrics import completed_in_window, distribution, e2el_s, tpot_s, ttft_s, wait_s, weighted_distribution

@@ -7,10 +7,10 @@ from math import isfinite, nan
 import numpy as np
 from numpy.typing import NDArray
 
+from calibrate.predictor import CannotPredictError
 from calibrate.tables.lengths import PROMPT_STD_TOKENS, saturated_lengths
 from calibrate.tables.measured_runs import MeasuredRequests, MeasuredRun
 from calibrate.tables.run_engine import RunEngine
-from calibrate.validate.predictor import CannotPredictError
 from sim.service_curve import IterationWork, ServiceCurve
 from sim.spec import ClassSpec, ClosedLoop, Distribution, Empirical, Fixed, Lognormal, RunSpec, Trace, WorkloadSpec
 from sim.streams import stream

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from calibrate.predictor import CannotPredictError, PredictedEngine
 from calibrate.tables.measured_runs import MeasuredRun
 from calibrate.tables.run_engine import RunEngine, run_engine
-from calibrate.validate.predictor import CannotPredictError, PredictedEngine
 from sim.catalogue import find_gpu, find_model, find_quantization
 from sim.profile import load_profile
 from sim.resolve import resolve_expert

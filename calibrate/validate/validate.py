@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from calibrate.predictor import CannotPredictError, PredictedEngine, Predictor
 from calibrate.tables.measured_runs import MeasuredRequests, MeasuredRun
 from calibrate.validate.conformal import interval_factors
-from calibrate.validate.predictor import CannotPredictError, PredictedEngine, Predictor
 from calibrate.validate.replay import Replay, replay
 
 COVERAGE = 0.9

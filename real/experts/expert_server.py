@@ -15,7 +15,7 @@ from real.experts.checkpoints import Checkpoint
 from real.experts.cores import Placement, runs_on_cpu, why_not_on_this_cpu
 from real.experts.engine_log import EngineReport, diagnose, has_failed, read_report, stage
 from real.experts.iteration_log import LOGGING_CONFIG_VARIABLE, write_logging_config
-from real.serving.guarded_process import GuardedProcess, LifeLine, child_environment
+from real.processes.guarded_process import GuardedProcess, LifeLine, child_environment
 from sim.catalogue import find_quantization
 from sim.fleet import EngineSettings
 from sim.resolve import budget_of, engine_settings
@@ -164,6 +164,7 @@ def server_environment(plan: ReplicaPlan) -> dict[str, str]:
         changes["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, plan.placement.gpus))
     environment = child_environment(changes)
     environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would replace kv-cache-memory-bytes
+    environment.pop("VLLM_RPC_BASE_PATH", None)  # its sockets belong into its temporary folder, the default
     return environment
 
 

@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
-from real.serving.parent_death import die_with_parent
+from real.processes.parent_death import die_with_parent
 from sim.serve_spec import Classifier as ClassifierSpec
 
 if TYPE_CHECKING:

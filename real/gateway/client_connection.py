@@ -246,8 +246,10 @@ class ClientConnection(asyncio.Protocol):
             self._idle_since_s = self._loop.time()
             self.transport.resume_reading()
             self.transport.write_eof()
-            if self._look_timer is not None:
-                self._look_timer.cancel()
+            for timer in (self._late, self._look_timer):
+                if timer is not None:
+                    timer.cancel()
+            self._late = None
             self._look_timer = self._loop.call_later(_LINGER_S, self._look)
 
     def _look(self) -> None:

@@ -13,10 +13,11 @@ _chunk_prefixes: dict[int, bytes] = {}
 
 def _chunk_prefix(length: int) -> bytes:
     """What a chunk of so many bytes, all in all, begins with; remembered, because most are of a few lengths."""
-    prefix = b""
+    prefix = b"-"  # as none does: there is no such chunk, or not with room for the end of an event
     for digits in range(1, 8):
-        if length - 4 - digits >= 16 ** (digits - 1) and len(prefix := b"%x\r\n" % (length - 4 - digits)) == digits + 2:
-            break
+        size = length - digits - 4
+        if size >= 2 and len(b"%x" % size) == digits:
+            prefix = b"%x\r\n" % size
     if len(_chunk_prefixes) < _MOST_PREFIXES:
         _chunk_prefixes[length] = prefix
     return prefix
@@ -58,9 +59,7 @@ class EventStream:
         Most tokens come like this, and go on as they are. To be asked between two chunks and two events only.
         """
         size = len(data)
-        if not (
-            data.endswith(b"\n\n\r\n") and data.startswith(_chunk_prefixes.get(size) or _chunk_prefix(size) or b"-")
-        ):
+        if not data.endswith(b"\n\n\r\n") or not data.startswith(_chunk_prefixes.get(size) or _chunk_prefix(size)):
             return False
         self._before, self._last = self._last, data
         self._data_lines += data.count(b"\ndata:")

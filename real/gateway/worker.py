@@ -19,7 +19,7 @@ from real.gateway.listener import Listener
 from real.gateway.metrics import GatewayMetrics
 from real.gateway.replicas import Replica, Routing
 from real.gateway.upstream import Upstream
-from real.serving.parent_death import die_with_parent
+from real.processes.parent_death import die_with_parent
 from sim.streams import stream
 
 READY_LINE = "ready"

@@ -1,1 +1,1 @@
-"""A fleet's processes: started, kept running, and stopped without leaving any behind."""
+"""A fleet in service: its engines and its gateway started, kept running and stopped."""

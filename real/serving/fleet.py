@@ -28,9 +28,9 @@ from real.experts.expert_server import (
     port_is_free,
 )
 from real.gateway.config import GatewayConfig, gateway_config
+from real.processes.guarded_process import LifeLine
 from real.router.classifier import load_classifier
 from real.serving.gateway_process import GatewayProcess
-from real.serving.guarded_process import LifeLine
 from real.serving.supervisor import Supervisor, Tell
 from sim.feasibility import check_feasible
 from sim.fleet_file import FleetFileError
@@ -40,6 +40,9 @@ from sim.spec import FleetFile
 
 STATE_FILE = "fleet.json"
 """In the folder of logs: where a running fleet listens, and its processes; rewritten whenever one comes or goes."""
+
+REQUEST_LOG = "requests.jsonl"
+"""In the same folder, if wanted: one line a request of what became of it at the gateway."""
 
 DEFAULT_LOGS = Path("logs")
 
@@ -65,6 +68,7 @@ class RunningFleet:
         logs: Path,
         tell: Tell | None = None,
         log_iterations: bool = True,
+        log_requests: bool = False,
         gateway: bool = True,
     ) -> None:
         """Plan everything and start nothing.
@@ -75,6 +79,7 @@ class RunningFleet:
             logs: folder to write into.
             tell: told in one line what happens.
             log_iterations: engines log every iteration.
+            log_requests: the gateway writes down what became of each request.
             gateway: False leaves it out; the experts are then talked to directly.
 
         Raises:
@@ -92,7 +97,10 @@ class RunningFleet:
                 # What the gateway would only find wrong once the engines have started.
                 load_classifier(file.serve.classifier, list(file.workload.classes))
             self.plans, self.checkpoints, self.warnings = _plan(file, name, log_iterations)
-            self._config = gateway_config(file, name, self.replica_urls) if has_gateway else None
+            request_log = str(self.logs / REQUEST_LOG) if log_requests else None
+            self._config = (
+                gateway_config(file, name, self.replica_urls, request_log=request_log) if has_gateway else None
+            )
         except ValidationError as error:
             raise FleetFileError([found["msg"] for found in error.errors(include_url=False)]) from None
         except ValueError as error:

@@ -32,10 +32,22 @@ if TYPE_CHECKING:
     help="Engines log each iteration: 0.2 KB each, and what calibration reads.",
 )
 @click.option(
+    "--log-requests/--no-log-requests",
+    default=False,
+    show_default=True,
+    help="The gateway writes what became of each request to requests.jsonl in the folder of logs.",
+)
+@click.option(
     "--start-limit", "limit_s", type=click.FloatRange(min=1), default=900, show_default=True, help="Seconds to start."
 )
 def command(
-    file: Path, fleet_name: str | None, overrides: tuple[str, ...], logs: Path, log_iterations: bool, limit_s: float
+    file: Path,
+    fleet_name: str | None,
+    overrides: tuple[str, ...],
+    logs: Path,
+    log_iterations: bool,
+    log_requests: bool,
+    limit_s: float,
 ) -> None:
     """Run the fleet of FILE: a vLLM server for each replica and the gateway in front of them, until Ctrl-C.
 
@@ -53,7 +65,9 @@ def command(
     try:
         fleet_file = load_fleet(file, overrides)
         name = only_fleet(fleet_file) if fleet_name is None else fleet_name
-        fleet = RunningFleet(fleet_file, name, logs=logs, tell=tell, log_iterations=log_iterations)
+        fleet = RunningFleet(
+            fleet_file, name, logs=logs, tell=tell, log_iterations=log_iterations, log_requests=log_requests
+        )
     except (FleetFileError, OSError) as error:
         messages.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(2) from None

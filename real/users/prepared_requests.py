@@ -45,6 +45,18 @@ def open_requests(traffic: OpenTraffic | TraceTraffic) -> Iterator[tuple[Request
         yield request, 0.0
 
 
+def prompt_request(request: Request, *, seed: int, first_number: int) -> PromptRequest:
+    """Return what a request's prompt must be.
+
+    Args:
+        request: of a run.
+        seed: of the choice of texts.
+        first_number: of the run's prompts, so that no two runs send the same ones.
+    """
+    text = zlib.crc32(b"%d/%d" % (seed, request.request_id))
+    return PromptRequest(request.prompt_tokens, first_number + request.request_id, text, request.prefix)
+
+
 class PreparedRequests:
     """Hands requests out by their number and stays ahead of them."""
 
@@ -92,17 +104,15 @@ class PreparedRequests:
         bodies: list[tuple[int, bytes] | None] = [None] * len(drawn)
         for class_index, writer in enumerate(self._writers):
             places = [place for place, (request, _) in enumerate(drawn) if request.class_index == class_index]
-            asked = [self._prompt_request(drawn[place][0]) for place in places]
+            asked = [
+                prompt_request(drawn[place][0], seed=self._seed, first_number=self._first_number) for place in places
+            ]
             for place, prompt in zip(places, writer.write(asked) if asked else [], strict=True):
                 bodies[place] = prompt.tokens, self._body(prompt.text, drawn[place][0].output_tokens)
         for (request, think_s), made in zip(drawn, bodies, strict=True):
             assert made is not None
             self._ready[self._made] = PreparedRequest(request, think_s, *made)
             self._made += 1
-
-    def _prompt_request(self, request: Request) -> PromptRequest:
-        text = zlib.crc32(b"%d/%d" % (self._seed, request.request_id))
-        return PromptRequest(request.prompt_tokens, self._first_number + request.request_id, text, request.prefix)
 
     def _body(self, prompt: str, output_tokens: int) -> bytes:
         return json.dumps(

@@ -131,7 +131,7 @@ class _Session:
         self._started = self._started or datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
         self._urls[name] = target.url
         self._engines[name] = engines_of(fleet, target)
-        writers = self._writers(fleet)
+        writers = prompt_writers(self._file, fleet, self._texts, nonce=self._nonce)
         plans = [
             RunPlan(
                 fleet=fleet,
@@ -193,24 +193,6 @@ class _Session:
             if handles_signals:
                 loop.remove_signal_handler(signal.SIGINT)
 
-    def _writers(self, fleet: Fleet) -> list[PromptWriter]:
-        """One a class, for the tokenizer of the expert that the class prefers."""
-        tokenizers: dict[str, Any] = {}
-        writers = []
-        for index, (name, spec) in enumerate(self._file.workload.classes.items()):
-            expert = fleet.experts[fleet.class_map[index][0] if fleet.class_map[index] else 0].name
-            if expert not in tokenizers:
-                tokenizers[expert] = load_tokenizer(self._file.fleets[fleet.name].experts[expert])
-            writers.append(
-                PromptWriter(
-                    self._texts[name],
-                    tokenizers[expert],
-                    shared_prefix_tokens=spec.shared_prefix_tokens,
-                    nonce=self._nonce,
-                )
-            )
-        return writers
-
     def _progress_of(self, plan: RunPlan) -> Callable[[float], None] | None:
         progress = self._progress
         if progress is None:
@@ -218,6 +200,32 @@ class _Session:
         done = sum(_weight(self._file, run.load) for run in self._runs)
         weight = _weight(self._file, plan.load)
         return lambda share: progress((done + weight * share) / self._total)
+
+
+def prompt_writers(
+    file: FleetFile, fleet: Fleet, texts: Mapping[str, Sequence[str]], *, nonce: int = 0
+) -> list[PromptWriter]:
+    """Return what writes the prompts of each class, for the tokenizer of the expert that the class prefers.
+
+    Args:
+        file: of the fleet.
+        fleet: one of its fleets, resolved.
+        texts: of each class.
+        nonce: of the run, see ``PromptWriter``.
+
+    Raises:
+        ValueError: a checkpoint has no tokenizer.
+    """
+    tokenizers: dict[str, Any] = {}
+    writers = []
+    for index, (name, spec) in enumerate(file.workload.classes.items()):
+        expert = fleet.experts[fleet.class_map[index][0] if fleet.class_map[index] else 0].name
+        if expert not in tokenizers:
+            tokenizers[expert] = load_tokenizer(file.fleets[fleet.name].experts[expert])
+        writers.append(
+            PromptWriter(texts[name], tokenizers[expert], shared_prefix_tokens=spec.shared_prefix_tokens, nonce=nonce)
+        )
+    return writers
 
 
 def _with_duration(file: FleetFile, duration_s: float) -> FleetFile:

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, cast
 
@@ -146,12 +147,21 @@ class StreamedAnswer:
         prompt = body.get("prompt") if not self.chat else json.dumps(body.get("messages"))
         text = prompt if isinstance(prompt, str) else json.dumps(prompt)
         self.seed = len(text)
-        self.prompt_tokens = len(text.split())
+        self.prompt_tokens = expert.count(text)
         self.request_id = connection.headers.get("x-request-id", "none")
         self.model = body.get("model") or expert.model
         self.sent = 0
         self.over = False
         self.head_sent = False
+        behaviour = self.behaviour
+        faults = (
+            behaviour.hang_after,
+            behaviour.cut_after,
+            behaviour.end_after,
+            behaviour.die_after,
+            behaviour.error_after,
+        )
+        self.faults = frozenset(faults) - {None}
         self.before, self.after = b"", b""
         if self.stream:
             text = json.dumps({**self.frame(), "choices": [self.choice(2, "\0")]})
@@ -204,11 +214,8 @@ class StreamedAnswer:
 
     def token(self) -> None:
         """Write one token, or do what is to be done instead of the next one."""
-        behaviour = self.behaviour
-        if self.sent in (behaviour.hang_after, behaviour.cut_after, behaviour.end_after, behaviour.die_after) or (
-            self.sent == behaviour.error_after
-        ):
-            self._fault(behaviour)
+        if self.sent in self.faults:
+            self._fault(self.behaviour)
             return
         self.sent += 1
         if self.stream:
@@ -306,6 +313,7 @@ class MockExpert:
         self.ended: dict[str, int] = {}
         self.last_headers: dict[str, str] = {}
         self.connections = 0
+        self.count: Callable[[str], int] = lambda text: len(text.split())  # tokens of a prompt
         self._log = None if log is None else os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
     def log(self, what: str, answer: StreamedAnswer) -> None:

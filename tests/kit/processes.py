@@ -37,10 +37,12 @@ class Process:
 
     def __init__(self, module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - a pipe nobody reads would hold the process up
+        self.temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # nothing stays when it is killed
+        own = {"PYTHONPATH": str(ROOT), "TMPDIR": self.temporary.name}
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
+            env={**os.environ, **own, **(environment or {})},
             stdout=subprocess.PIPE,
             stderr=self.errors,
         )
@@ -64,6 +66,7 @@ class Process:
         assert self.process.stdout is not None
         self.process.stdout.close()
         self.errors.close()
+        self.temporary.cleanup()
 
     def error_text(self) -> str:
         """What it has said on stderr so far."""
@@ -244,11 +247,11 @@ def running(*processes: Process) -> Iterator[None]:
             process.close()
 
 
-async def until(condition: Any, timeout_s: float = 10.0, every_s: float = 0.02) -> float:
+async def until(condition: Any, timeout_s: float = 10.0, every_s: float = 0.02, what: str = "something") -> float:
     """Wait until a condition holds; return how long that took."""
     loop = asyncio.get_running_loop()
     began_s = loop.time()
     while not await asyncio.to_thread(condition):
-        assert loop.time() - began_s < timeout_s, "waited in vain"
+        assert loop.time() - began_s < timeout_s, f"waited {timeout_s:g} s in vain for {what}"
         await asyncio.sleep(every_s)
     return loop.time() - began_s

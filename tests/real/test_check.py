@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from real.serving.guarded_process import child_environment
+from real.processes.guarded_process import child_environment
 
 pytestmark = [
     pytest.mark.vllm,

@@ -20,8 +20,8 @@ import pytest
 from real.experts.checkpoints import find_checkpoint
 from real.experts.cores import why_not_on_this_cpu
 from real.experts.expert_server import EngineFailedError, port_is_free
+from real.processes.guarded_process import child_environment
 from real.serving.fleet import STATE_FILE, RunningFleet, serving
-from real.serving.guarded_process import child_environment
 from sim.fleet_file import FleetFileError, LoadedFleetFile, parse_fleet
 from sim.resolve import resolve_fleet
 from tests.kit.process_tree import becomes_true, child_named, processes_of_group

@@ -1,14 +1,22 @@
-"""A long-running child process with its own group, log file and guard, so that nothing of it is ever left behind."""
+"""A long-running child process with its own group, log file, temporary folder and guard.
+
+Nothing of it is ever left behind.
+"""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 _LOG_TAIL_BYTES = 2**21
+
+_LONGEST_PLACE_BYTES = 50
+"""vLLM makes unix sockets in its temporary folder, and the path of one may have 107 bytes (103 on a Mac)."""
 
 
 class LifeLine:
@@ -63,13 +71,17 @@ class GuardedProcess:
         self._environment = None if environment is None else dict(environment)
         self._cores = cores
         self._process: subprocess.Popen[bytes] | None = None
+        self._temporary: Path | None = None
         self._swept = True
 
     def start(self) -> None:
         """Start the command; it must not be running."""
         assert not self.is_running
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        guard = [sys.executable, "-m", "real.serving.guard", "--life", str(self._life.read_fd)]
+        self._temporary = _temporary_folder()
+        guard = [sys.executable, "-m", "real.processes.guard", "--life", str(self._life.read_fd)]
+        guard += ["--temporary", str(self._temporary)]
+        environment = os.environ if self._environment is None else self._environment
         if self._cores:
             guard += ["--cores", ",".join(map(str, self._cores))]
         with self.log.open("ab") as log:
@@ -80,7 +92,7 @@ class GuardedProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=self._environment,
+                env={**environment, "TMPDIR": str(self._temporary)},
                 pass_fds=[self._life.read_fd],
                 start_new_session=True,
             )
@@ -136,13 +148,23 @@ class GuardedProcess:
             return ""
 
     def _sweep(self) -> None:
-        """Kill what is left of the group of a guard that has ended: none, unless the guard itself was killed."""
+        """Remove what a guard that has ended has left of its group and folder: nothing, unless it was killed itself."""
         assert self._process is not None
+        assert self._temporary is not None
         if self._swept:
             return
         self._swept = True  # once: the number may by and by become somebody else's
         with suppress(ProcessLookupError, PermissionError):  # macOS refuses for zombies
             os.killpg(self._process.pid, signal.SIGKILL)
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def _temporary_folder() -> Path:
+    """Make a folder for one start's temporary files, which nobody else can read and whose path is short."""
+    place = tempfile.gettempdir()
+    if len(os.fsencode(place)) > _LONGEST_PLACE_BYTES:
+        place = "/tmp"
+    return Path(tempfile.mkdtemp(prefix="er-", dir=place))
 
 
 def child_environment(changes: Mapping[str, str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from calibrate import kernel_factors
+from calibrate.fit import kernel_factors
 from calibrate.fit.kernel_factors import Factor
 from calibrate.tables.csv_table import MeasurementError, cell_mistake, number_cell, table_rows
 from sim.catalogue import UnknownNameError, find_gpu

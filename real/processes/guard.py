@@ -1,6 +1,6 @@
 """A guard around one command: nothing that the command started outlives it, or outlives whoever started the guard.
 
-    python -m real.serving.guard --life FD [--cores 0,1] -- COMMAND...
+    python -m real.processes.guard --life FD --temporary FOLDER [--cores 0,1] -- COMMAND...
 
 vLLM's API server starts its engine core, which starts workers, and when the API server or whoever started it is killed
 with -9 those two live on, holding memory and cores. The guard adopts orphans (a sub-reaper) and kills what is left of
@@ -8,6 +8,9 @@ its process group when the command ends, when the guard is told to stop twice, o
 end is held by the supervisor alone, so it closes however the supervisor ends. A pipe rather than the parent-death
 signal for that, because the signal also comes when the thread that started the guard ends. If the guard itself is
 killed, the command gets the parent-death signal and the supervisor, who sees the guard end, kills the group.
+
+Nor do its files: the command's temporary folder is removed, with the sockets that a killed vLLM leaves there, and
+Python's resource trackers are let live until they have removed the shared memory of those that were killed.
 
 SIGTERM and SIGINT go to the command as SIGTERM. The exit status is the command's, 128 + N after signal N. Only the
 standard library is used: a guard takes some 10 MB and 30 ms.
@@ -17,6 +20,7 @@ import argparse
 import ctypes
 import os
 import selectors
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,12 +32,14 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
 _SWEEP_S = 10.0  # for killed processes to be gone
+_TRACKERS_S = 3.0  # for resource trackers to end of themselves, once all they track for are gone
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command under guard and return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m real.serving.guard")
+    parser = argparse.ArgumentParser(prog="python -m real.processes.guard")
     parser.add_argument("--life", type=int, required=True)
+    parser.add_argument("--temporary", type=Path, required=True)
     parser.add_argument("--cores", default="")
     parser.add_argument("command", nargs="+")
     options = parser.parse_args(arguments)
@@ -42,7 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     if options.cores:
         os.sched_setaffinity(0, {int(core) for core in options.cores.split(",")})
-    return _watch(options.command, options.life)
+    try:
+        return _watch(options.command, options.life)
+    finally:
+        shutil.rmtree(options.temporary, ignore_errors=True)
 
 
 def _watch(command: Sequence[str], life: int) -> int:
@@ -85,18 +94,28 @@ def _die_with_the_guard() -> None:
 
 def _sweep() -> None:
     """Kill whatever of the group, or adopted by the guard, is left; return when it is gone."""
-    end = time.monotonic() + _SWEEP_S
-    while time.monotonic() < end:
+    began = time.monotonic()
+    while (passed := time.monotonic() - began) < _SWEEP_S:
         _reap()
         left = _left()
         if not left:
             return
         for pid in left:
+            if passed < _TRACKERS_S and _is_resource_tracker(pid):
+                continue
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
         time.sleep(0.02)
+
+
+def _is_resource_tracker(pid: int) -> bool:
+    """Whether this is the process by which Python's ``multiprocessing`` removes what others leave in shared memory."""
+    try:
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def _left() -> list[int]:
