@@ -172,7 +172,7 @@ def test_a_start_that_fails_stops_everything_and_says_why(file: LoadedFleetFile,
     (tmp_path / "fails").write_text("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB")
     fleet = RunningFleet(file, "routed", logs=tmp_path)
     with pytest.raises(
-        EngineFailedError, match=r"code/0: the model is too large .*out of memory.*; log: .*code-0\.log"
+        EngineFailedError, match=r"(code|chat)/0: the model is too large .*out of memory.*; log: .*(code|chat)-0\.log"
     ):
         fleet.start()
     assert nobody_is_left(groups_of(fleet))

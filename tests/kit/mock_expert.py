@@ -243,6 +243,7 @@ class StreamedAnswer:
             self.end("failed")
 
     def _finish(self) -> None:
+        self.end("completed")  # logged before the client can have it all: a kill may come in between
         usage = {
             "prompt_tokens": self.prompt_tokens,
             "total_tokens": self.prompt_tokens + self.tokens,
@@ -259,7 +260,6 @@ class StreamedAnswer:
             choice |= {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
             body = {**self.frame(), "choices": [choice], "usage": usage}
             self.connection.respond(200, json.dumps(body).encode())
-        self.end("completed")
 
     def frame(self) -> dict[str, Any]:
         kind = ("chat.completion.chunk" if self.stream else "chat.completion") if self.chat else "text_completion"
