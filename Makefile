@@ -1,10 +1,11 @@
 # make demo: install and predict the paper's comparison.  make test: install and run the tests.
 # make install-cpu: add vLLM for machines without a GPU, for `expert-router serve`.
+# make install-embeddings: add the classifier on sentence embeddings, for machines without a GPU.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo install-cpu test lint wheel-check benchmarks clean
+.PHONY: demo install-cpu install-embeddings test lint wheel-check benchmarks clean
 
 demo: $(VENV)/installed
 	$(BIN)/expert-router simulate examples/paper.yaml --out results/paper
@@ -27,6 +28,13 @@ $(VENV)/installed-cpu: $(VENV)/installed
 	$(BIN)/python -W ignore -c 'from vllm import LLM'
 	touch $@
 
+# After vLLM, which brings torch's CPU build: alone, the embeddings would bring gigabytes of CUDA.
+install-embeddings: $(VENV)/installed-embeddings
+
+$(VENV)/installed-embeddings: $(VENV)/installed-cpu
+	$(BIN)/python -m pip install --quiet --editable '.[embeddings]'
+	touch $@
+
 # The wheel as a user gets it: in an environment of its own, run outside the checkout.
 wheel-check: $(VENV)/installed-dev
 	sh tests/wheel_check.sh $(BIN)/python
@@ -34,6 +42,7 @@ wheel-check: $(VENV)/installed-dev
 benchmarks: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.gateway
+	$(BIN)/python -m benchmarks.faults
 	$(BIN)/python -m benchmarks.classifier
 
 $(VENV)/installed: pyproject.toml

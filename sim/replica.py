@@ -99,6 +99,7 @@ class Replica:
         self.largest_prefill_tokens = 0
         self.prefix_groups: dict[int, PrefixGroup] = {}  # by prefix number; of classes: -1 - index
         self._router = router if router is not None and router.streams_cost else None
+        self._wakes_router = router is not None and router.wake_ups_cost
         self._per_output_token_s = expert.front_end.per_output_token_s
         self._network_s = network_s
         self._user_network_s = user_network_s
@@ -116,6 +117,7 @@ class Replica:
         self._end_s = 0.0
         self._tokens = 0  # per iteration, streamed to users
         self._token_rate = 0.0
+        self._wake_up_rate = 0.0
         self._emitted = 0  # iterations whose tokens the front end already has
         self._kv_blocks = 0  # in use at its start
         self._preempted = 0  # before it
@@ -311,9 +313,14 @@ class Replica:
             )
 
     def _change_token_rate(self, now_s: float, tokens_per_s: float) -> None:
-        if self._router is not None:
-            self._router.change_token_rate(now_s, tokens_per_s - self._token_rate)
-            self._token_rate = tokens_per_s
+        router = self._router
+        if router is not None:
+            change, self._token_rate = tokens_per_s - self._token_rate, tokens_per_s
+            if self._wakes_router:
+                before_per_s, self._wake_up_rate = self._wake_up_rate, router.wake_ups_per_s(tokens_per_s, self._tokens)
+                router.change_token_rate(now_s, change, self._wake_up_rate - before_per_s)
+            else:
+                router.change_token_rate(now_s, change)
 
     def _start_run(self, now_s: float) -> None:
         engine = self.engine

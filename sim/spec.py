@@ -166,6 +166,10 @@ class RouterSpec(Spec):
     per_request_s: Seconds = 0.14e-3
     per_prompt_token_s: Seconds = 0.28e-6
     per_output_token_s: Seconds = 0.03e-3
+    per_wake_up_s: Seconds = Field(
+        0.0,
+        description="more for the first request, or the first token of an engine iteration, that meets an idle worker",
+    )
     service_cv: Annotated[float, Field(ge=0, le=10)] = Field(
         0.0, description="coefficient of variation of the per-request service time: 0 constant, 1 exponential"
     )

@@ -63,6 +63,11 @@ class RouterStation:
 
     All workers' work shrinks alike, so one clock that runs at that pace stands for it: a worker is through when the
     clock passes its mark.
+
+    A worker that has nothing to do sleeps, and waking it costs ``per_wake_up_s`` (its event loop's turn, caches gone
+    cold) before the first request or the first token of an engine iteration; what follows while it is awake does not
+    pay again. That is why a token costs less the more of them come together: with ``b`` a token and ``n`` of them in
+    an iteration ``b + w / n`` each. Tokens of others keep it awake for the share of time that they take.
     """
 
     __slots__ = (
@@ -72,10 +77,13 @@ class RouterStation:
         "_per_prompt_token_s",
         "_per_request_s",
         "_per_token_s",
+        "_per_wake_up_s",
         "_request_busy_s",
         "_service_factor",
         "_token_busy_s",
         "_token_load",
+        "_token_work",
+        "_wake_ups_per_s",
         "_workers",
     )
 
@@ -84,19 +92,27 @@ class RouterStation:
         self._per_request_s = spec.per_request_s
         self._per_prompt_token_s = spec.per_prompt_token_s
         self._per_token_s = spec.per_output_token_s
+        self._per_wake_up_s = spec.per_wake_up_s
         self._workers = spec.workers
         self._service_factor = service_factor
         self._marks_s = [0.0] * spec.workers  # a heap
         self._clock_s = 0.0
         self._as_of_s = 0.0
-        self._token_load = 0.0  # share of each worker's time
+        self._token_work = 0.0  # of the tokens themselves, as a share of each worker's time
+        self._wake_ups_per_s = 0.0  # engine iterations that reach each worker, awake or not
+        self._token_load = 0.0  # both as a share of each worker's time
         self._request_busy_s = 0.0
         self._token_busy_s = 0.0
 
     @property
+    def wake_ups_cost(self) -> bool:
+        """Whether being woken takes any of its time."""
+        return self._per_wake_up_s > 0
+
+    @property
     def streams_cost(self) -> bool:
         """Whether streamed tokens take any of its time."""
-        return self._per_token_s > 0
+        return self._per_token_s > 0 or self._per_wake_up_s > 0
 
     def _settle(self, now_s: float) -> float:
         """Let the clock run until now and return it."""
@@ -126,14 +142,39 @@ class RouterStation:
             start_s += mark_s - clock_s
         else:
             mark_s = clock_s
+            service_s += self._wake_up_s
         heapreplace(self._marks_s, mark_s + service_s)
         self._request_busy_s += service_s
         return start_s, start_s + service_s
 
-    def change_token_rate(self, now_s: float, change_tokens_per_s: float) -> None:
-        """Let the fleet stream this many tokens per second more (or fewer) from now on."""
+    @property
+    def _wake_up_s(self) -> float:
+        """What work that meets a worker without requests costs to wake it: nothing where tokens keep it awake."""
+        return self._per_wake_up_s * max(0.0, 1 - self._token_load) if self._per_wake_up_s else 0.0
+
+    def change_token_rate(self, now_s: float, change_tokens_per_s: float, change_wake_ups_per_s: float = 0.0) -> None:
+        """Let the fleet stream this many tokens per second more (or fewer) from now on, in so many iterations.
+
+        Args:
+            now_s: the time.
+            change_tokens_per_s: of the whole fleet.
+            change_wake_ups_per_s: times per second at which a worker gets tokens, see ``wake_ups_per_s``; needed only
+                where wake-ups cost.
+        """
         self._settle(now_s)
-        self._token_load += change_tokens_per_s * self._per_token_s / self._workers
+        self._token_work += change_tokens_per_s * self._per_token_s / self._workers
+        self._token_load = self._token_work
+        if self._per_wake_up_s:
+            self._wake_ups_per_s += change_wake_ups_per_s
+            if self._token_work < 1:
+                # Of its wake-ups a worker pays the share in which nothing else keeps it awake: u = t + w (1 - u).
+                waking = self._wake_ups_per_s * self._per_wake_up_s
+                self._token_load = (self._token_work + waking) / (1 + waking)
+
+    def wake_ups_per_s(self, tokens_per_s: float, burst_tokens: int) -> float:
+        """Return how often each worker gets tokens of a stream of iterations of ``burst_tokens`` each."""
+        # An iteration reaches as many of the workers as it has tokens.
+        return tokens_per_s / max(burst_tokens, self._workers)
 
     def token_delay_s(self, now_s: float, lead_s: float, burst_tokens: int) -> float:
         """Mean delay of the tokens of one engine iteration, which arrive together ``lead_s`` from now.
@@ -143,7 +184,7 @@ class RouterStation:
         clock_s = self._settle(now_s) + lead_s * (1 - self._token_load)
         workers = self._workers
         delay_s = self._per_token_s * (1 + (burst_tokens - 1) / (2 * workers))
+        wake_up_s = self._wake_up_s
         for mark_s in self._marks_s:
-            if mark_s > clock_s:
-                delay_s += (mark_s - clock_s) / workers
+            delay_s += ((mark_s - clock_s) if mark_s > clock_s else wake_up_s) / workers
         return delay_s

@@ -99,6 +99,7 @@ def routers(draw: st.DrawFn, classes: int, *, token_work: bool = True) -> Router
         per_request_s=draw(times_s(1e-4, 1e-1)),  # not zero: see front_ends
         per_prompt_token_s=draw(maybe_times_s(1e-6, 1e-3)),
         per_output_token_s=draw(maybe_times_s(1e-5, 1e-2)) if token_work else 0.0,
+        per_wake_up_s=draw(maybe_times_s(1e-5, 1e-2)) if token_work else 0.0,
         service_cv=draw(st.sampled_from([0.0, 0.5, 1.0])),
         user_network_s=draw(maybe_times_s(1e-3, 1e-1)),
         expert_network_s=draw(maybe_times_s(1e-3, 1e-1)),

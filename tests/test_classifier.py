@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -235,8 +236,8 @@ def test_embeddings_tell_classes_apart_and_refuse_another_model(tmp_path: Any) -
         load_classifier(serve_spec.EmbeddingClassifier(file=str(path)), ["translation", "code"])
 
 
-@pytest.mark.skipif(importlib.util.find_spec("sentence_transformers") is not None, reason="the extra is installed")
-def test_without_the_extra_the_message_says_what_to_install(tmp_path: Any) -> None:
+def test_without_the_extra_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     from real.router.centres import Centres
     from real.router.router_file import RouterFile
 

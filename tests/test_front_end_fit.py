@@ -77,11 +77,20 @@ def test_too_few_points_give_no_front_end() -> None:
     assert fit_front_end([measured], sent, records, SETTINGS, TRUTH) is None
 
 
-def test_router_costs_come_from_two_output_lengths_without_the_idle_gateway() -> None:
-    def load(output_tokens: int, requests: int) -> Traffic:
-        work_s = 3e-4 + 1e-6 * PROMPT_TOKENS + 4e-5 * output_tokens
-        return Traffic(requests=requests, output_tokens=output_tokens, cpu_s=requests * work_s + 0.06, took_s=6.0)
+def test_router_costs_come_from_two_output_lengths_of_one_and_of_many_users_without_the_idle_gateway() -> None:
+    def load(users: int, output_tokens: int, requests: int) -> Traffic:
+        work_s = 3e-4 + 1e-6 * PROMPT_TOKENS + (4e-5 + 8e-5 / users) * output_tokens
+        cpu_s = requests * work_s + 0.06
+        return Traffic(users=users, requests=requests, output_tokens=output_tokens, cpu_s=cpu_s, took_s=6.0)
 
-    per_request_s, per_output_token_s = costs_of(load(4, 800), load(64, 200), 0.01, 1e-6)
-    assert per_request_s == pytest.approx(3e-4)
-    assert per_output_token_s == pytest.approx(4e-5)
+    loads = [load(1, 4, 50), load(1, 64, 10), load(32, 4, 800), load(32, 64, 200)]
+    costs = costs_of(loads, 0.01, 1e-6)
+    assert costs.per_request_s == pytest.approx(3e-4)
+    assert costs.per_output_token_s == pytest.approx(4e-5)
+    assert costs.per_wake_up_s == pytest.approx(8e-5)
+
+
+def test_costs_that_noise_makes_negative_are_none() -> None:
+    loads = [Traffic(users=n, requests=10, output_tokens=k, cpu_s=0.01, took_s=1.0) for n in (1, 32) for k in (4, 64)]
+    costs = costs_of(loads, 0.02, 1e-6)
+    assert (costs.per_request_s, costs.per_output_token_s, costs.per_wake_up_s) == (0, 0, 0)

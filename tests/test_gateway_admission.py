@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from real.gateway.admission import Admission
 from real.gateway.config import share_of
 from real.gateway.error_events import Refusal
-from real.gateway.replica_health import LONGEST_WAIT_S, ReplicaHealth, State
-from real.gateway.replicas import Replica, Routing, Wish
-from sim.serve_spec import HealthSpec
+from real.gateway.replica_health import LONGEST_WAIT_S
+from real.gateway.replicas import Place, Routing, Wish
 from tests.kit.processes import CLASSES, config_for
 
 URLS = ["http://127.0.0.1:1", "http://127.0.0.1:2"]
@@ -29,8 +28,8 @@ class Hall:
         self.now_s = 0.0
         self.admission = Admission(self.routing, queue_bound=bound, queue_s=1e6, clock=lambda: self.now_s)
         self.cap, self.bound = cap, bound
-        self.inside: list[tuple[int, Replica]] = []
-        self.waiting: dict[int, asyncio.Task[Replica]] = {}
+        self.inside: list[tuple[int, Place]] = []
+        self.waiting: dict[int, asyncio.Task[Place]] = {}
         self.arrived = 0
         self.ended: Counter[str] = Counter()
 
@@ -42,20 +41,19 @@ class Hall:
             self.arrived += 1
         elif action == "finish" and self.inside:
             _, place = self.inside.pop(pick % len(self.inside))
-            place.health.trial_undecided()
             self.admission.release(place)
             self.ended["finished"] += 1
         elif action == "leave" and self.waiting:
             number = sorted(self.waiting)[pick % len(self.waiting)]
             self.waiting[number].cancel()
         elif action == "fail":
-            replica.health.failed(self.now_s)
+            replica.health.failed(replica.health.ejections, self.now_s)
             self.admission.hand_out()
         elif action == "heal":
             self.now_s += LONGEST_WAIT_S
             for _ in range(2):
                 replica.health.checked(True, self.now_s)
-            replica.health.answered(self.now_s)
+            replica.health.answered(replica.health.ejections, self.now_s)
             self.now_s += 2
             self.admission.hand_out()
         for _ in range(4):
@@ -74,7 +72,7 @@ class Hall:
         """Conservation, caps and bounds; nobody waits while there is a place."""
         assert self.arrived == sum(self.ended.values()) + len(self.inside) + len(self.waiting)
         assert sum(self.admission.queued) == len(self.waiting)
-        counts = Counter(id(replica) for _, replica in self.inside)
+        counts = Counter(id(place.replica) for _, place in self.inside)
         for replica in self.routing.replicas:
             assert replica.outstanding == counts[id(replica)] <= self.cap
         assert all(queued <= self.bound for queued in self.admission.queued[:-1])
@@ -125,59 +123,3 @@ def test_who_waits_is_served_in_order_of_arrival() -> None:
 
 def test_shares_of_workers_add_up() -> None:
     assert [share_of(10, worker, 4) for worker in range(4)] == [3, 3, 2, 2]
-
-
-def test_a_failed_replica_comes_back_after_good_checks_and_one_good_answer() -> None:
-    health = ReplicaHealth(HealthSpec())
-    health.begin(True)
-    health.failed(now_s=10.0)
-    health.checked(True, 10.5)
-    health.checked(True, 10.9)
-    assert not health.usable  # the wait is 1 s
-    health.checked(True, 11.5)
-    assert (health.state, health.open) == (State.TRIAL, True)
-    health.sent()
-    assert not health.open  # one request tries it, the others wait
-    health.answered(11.6)
-    assert health.state is State.IN
-
-
-def test_each_failed_trial_doubles_the_wait_up_to_half_a_minute() -> None:
-    health = ReplicaHealth(HealthSpec())
-    health.begin(True)
-    waits_s, now_s = [], 0.0
-    health.failed(now_s)
-    for _ in range(7):
-        failed_s = now_s
-        while health.state is State.OUT:
-            now_s += 1.0
-            health.checked(True, now_s)
-        waits_s.append(now_s - failed_s)
-        health.sent()
-        health.failed(now_s)
-    assert waits_s == [2, 2, 4, 8, 16, 30, 30]  # the first: two good checks take 2 s
-
-
-def test_checks_missed_in_a_row_take_a_replica_out_and_4xx_never() -> None:
-    health = ReplicaHealth(HealthSpec())
-    health.begin(True)
-    for ok in (False, True, False):
-        health.checked(ok, 1.0)
-    assert health.state is State.IN
-    health.checked(False, 2.0)
-    assert (health.state, health.ejections) == (State.OUT, 1)
-
-
-def test_server_errors_in_a_row_take_a_replica_out() -> None:
-    health = ReplicaHealth(HealthSpec())
-    health.begin(True)
-    for _ in range(4):
-        health.answered(1.0)  # a first byte, and then it breaks off
-        health.server_error(1.0)
-    health.completed()
-    for _ in range(4):
-        health.answered(1.0)
-        health.server_error(1.0)
-    assert health.usable
-    health.server_error(1.0)
-    assert not health.usable

@@ -87,18 +87,6 @@ def test_a_killed_worker_is_started_again_and_none_outlives_the_parent(tmp_path:
         fleet.play(story)
 
 
-def test_caps_of_two_workers_hold_for_their_sum(tmp_path: Path) -> None:
-    limits = {"max_in_flight_per_replica": 5, "max_queued_per_expert": 100}
-    with scene(tmp_path, behaviour={"itl_s": 0.01}, router={"workers": 2}, limits=limits) as fleet:
-
-        async def story(client: Client) -> None:
-            replies = await asyncio.gather(*(client.complete("code", max_tokens=5) for _ in range(60)))
-            assert {reply.outcome for reply in replies} == {"completed"}
-            assert fleet.experts["code"][0].state()["running_max"] <= 5
-
-        fleet.play(story)
-
-
 @pytest.mark.parametrize(
     ("serve", "says"),
     [

@@ -1,5 +1,7 @@
 """A fleet is started, kept running and stopped whole; stand-ins take the places of vLLM and the gateway."""
 
+import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -7,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,9 @@ from real.processes.guarded_process import child_environment
 from real.serving.fleet import STATE_FILE, RunningFleet, read_state, serving
 from sim.cli import main
 from sim.fleet_file import FleetFileError, LoadedFleetFile, parse_fleet
+from tests.kit.client import Client, Reply, play
 from tests.kit.process_tree import becomes_true, child_named, is_alive, processes_of_group
+from tests.kit.processes import until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="guards adopt orphans on Linux only")
 
@@ -223,6 +228,16 @@ def test_a_classifier_that_does_not_know_the_classes_is_told_before_anything_sta
         RunningFleet(other, "routed", logs=tmp_path)
 
 
+def test_told_to_stop_in_the_moment_in_which_it_is_ready_it_drains(file: LoadedFleetFile, tmp_path: Path) -> None:
+    def tell(line: str) -> None:
+        if line.startswith("gateway: ready"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), serving(file, "routed", logs=tmp_path, tell=tell):
+        pass
+    assert (tmp_path / "gateway.log").read_text().endswith("drained\n")
+
+
 def test_an_unready_server_is_not_ready(file: LoadedFleetFile, tmp_path: Path) -> None:
     fleet = RunningFleet(file, "direct", logs=tmp_path)
     server: ExpertServer = fleet.servers[0]
@@ -243,19 +258,42 @@ from real.experts.checkpoints import Checkpoint
 import real.serving.fleet
 checkpoint = Checkpoint(place="/m", random_weights=True, told="random weights")
 real.serving.fleet.find_checkpoint = lambda name, expert: checkpoint
-real.serving.fleet.RunningFleet._gateway_command = lambda fleet, config: [sys.executable, {gateway!r}]
 from sim.cli import main
-main()
+"""
+STAND_IN_GATEWAY = """
+real.serving.fleet.RunningFleet._gateway_command = lambda fleet, config: [sys.executable, {gateway!r}]
 """
 
 
-@pytest.fixture
-def command(file: LoadedFleetFile, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
-    """``expert-router serve`` in a process of its own, up and running, and the groups of its processes."""
+@dataclass
+class Serve:
+    """``expert-router serve`` in a process of its own, up and running.
+
+    Attributes:
+        experts: groups of their processes.
+        gateway: the group of its processes.
+    """
+
+    process: subprocess.Popen[str]
+    port: int
+    experts: list[int]
+    gateway: int
+
+    @property
+    def groups(self) -> list[int]:
+        return [*self.experts, self.gateway]
+
+
+@contextlib.contextmanager
+def serve_command(file: LoadedFleetFile, tmp_path: Path, gateway: Path | None, **serve: object) -> Iterator[Serve]:
+    """Run ``expert-router serve`` with a stand-in for the gateway, or with the real one."""
     path = tmp_path / "fleet.yaml"
-    path.write_text(FILE + f"serve: {file.serve.model_dump_json()}\n")
+    spec = file.serve.model_copy(update=serve)
+    path.write_text(FILE + f"serve: {spec.model_dump_json()}\n")
     script = tmp_path / "command.py"
-    script.write_text(COMMAND.format(gateway=str(STAND_INS / "stand_in_gateway.py")))
+    script.write_text(
+        COMMAND + (STAND_IN_GATEWAY.format(gateway=str(gateway)) if gateway is not None else "") + "main()\n"
+    )
     words = [sys.executable, str(script), "serve", str(path), "--fleet", "routed", "--logs", str(tmp_path / "logs")]
     with subprocess.Popen(
         words,
@@ -273,28 +311,104 @@ def command(file: LoadedFleetFile, tmp_path: Path) -> Iterator[tuple[subprocess.
             process.kill()
             pytest.fail(process.communicate()[0])
         running = json.loads(state.read_text())
-        yield process, [each["pid"] for each in [*running["replicas"], running["gateway"]]]
-        process.kill()
+        experts = [each["pid"] for each in running["replicas"]]
+        try:
+            yield Serve(process, spec.port, experts, running["gateway"]["pid"])
+        finally:
+            process.kill()
 
 
-def test_ctrl_c_drains_and_leaves_nothing(command: tuple[subprocess.Popen[str], list[int]], tmp_path: Path) -> None:
-    process, groups = command
+@pytest.fixture
+def command(file: LoadedFleetFile, tmp_path: Path) -> Iterator[Serve]:
+    """The command with a stand-in for the gateway."""
+    with serve_command(file, tmp_path, STAND_INS / "stand_in_gateway.py") as running:
+        yield running
+
+
+def test_ctrl_c_drains_and_leaves_nothing(command: Serve, tmp_path: Path) -> None:
+    process = command.process
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=30)[0]
     assert process.returncode == 0, output
-    assert nobody_is_left(groups)
+    assert nobody_is_left(command.groups)
     assert "fleet 'routed' at http://127.0.0.1" in output
     assert "curl http://127.0.0.1" in output
     assert "stopping: answers in flight may finish" in output
     assert (tmp_path / "logs" / "gateway.log").read_text().endswith("drained\n")
 
 
-def test_a_supervisor_that_is_killed_leaves_nothing(command: tuple[subprocess.Popen[str], list[int]]) -> None:
-    process, groups = command
-    assert all(processes_of_group(group) for group in groups)
-    process.kill()
-    assert nobody_is_left(groups)
+def test_a_supervisor_that_is_killed_leaves_nothing(command: Serve) -> None:
+    assert all(processes_of_group(group) for group in command.groups)
+    command.process.kill()
+    assert nobody_is_left(command.groups)
+
+
+async def stopped_while_streaming(running: Serve, client: Client, *, tokens: int, signals: int = 1) -> list[Reply]:
+    """Tell ``serve`` to stop while streams are open; return what these came to.
+
+    As long as a process of the gateway lives, every expert must.
+    """
+    streams = [asyncio.create_task(client.complete("x", model="code", max_tokens=tokens)) for _ in range(12)]
+    replies = client.replies
+    await until(lambda: len(replies) == 12 and all(reply.times_s for reply in replies), timeout_s=20)
+    assert {reply.status for reply in replies} == {200}
+    for _ in range(signals):
+        running.process.send_signal(signal.SIGTERM)
+        await asyncio.sleep(0.3)
+    while running.process.poll() is None:
+        experts_live = [bool(processes_of_group(group)) for group in running.experts]
+        if signals == 1 and processes_of_group(running.gateway):
+            assert all(experts_live), "an expert has been stopped before the gateway was done"
+        await asyncio.sleep(0.02)
+    return list(await asyncio.gather(*streams))
+
+
+def test_streams_finish_when_serve_is_told_to_stop(file: LoadedFleetFile, tmp_path: Path) -> None:
+    with serve_command(file, tmp_path, None, drain_s=20.0) as running:
+        replies: list[Reply] = []
+
+        async def story(client: Client) -> None:
+            await stopped_while_streaming(running, client, tokens=40)
+
+        play(running.port, story, replies)
+        output = running.process.communicate(timeout=30)[0]
+        assert running.process.returncode == 0, output
+        assert nobody_is_left(running.groups)
+        assert {reply.outcome for reply in replies} == {"completed"}
+        assert {reply.body.count(b'"text": " word') for reply in replies} == {40}
+
+
+def test_streams_that_outlast_the_drain_are_told_so_before_experts_are_stopped(
+    file: LoadedFleetFile, tmp_path: Path
+) -> None:
+    with serve_command(file, tmp_path, None, drain_s=1.0) as running:
+        replies: list[Reply] = []
+
+        async def story(client: Client) -> None:
+            await stopped_while_streaming(running, client, tokens=10_000)
+
+        play(running.port, story, replies)
+        output = running.process.communicate(timeout=30)[0]
+        assert running.process.returncode == 0, output
+        assert nobody_is_left(running.groups)
+        assert {(reply.end, reply.errors, reply.is_done) for reply in replies} == {("clean", 1, True)}
+
+
+def test_a_second_signal_ends_serve_at_once(file: LoadedFleetFile, tmp_path: Path) -> None:
+    with serve_command(file, tmp_path, None, drain_s=60.0) as running:
+        replies: list[Reply] = []
+
+        async def story(client: Client) -> None:
+            began_s = time.monotonic()
+            await stopped_while_streaming(running, client, tokens=10_000, signals=2)
+            assert time.monotonic() - began_s < 15
+
+        play(running.port, story, replies)
+        assert running.process.wait(30) == 0
+        assert nobody_is_left(running.groups)
+        assert {reply.end for reply in replies} <= {"clean", "cut"}
+        assert "completed" not in {reply.outcome for reply in replies}
 
 
 def test_a_mistake_in_the_file_is_one_line_and_starts_nothing(tmp_path: Path) -> None:

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
     from calibrate.check.check import CheckOutcome
 
-TABLE = (
+Columns = Sequence[tuple[str, str]]
+"""Figures by their columns in ``sim.metrics``, each with a heading."""
+
+TABLE: Columns = (
     ("output_throughput", "tokens/s"),
     ("mean_ttft_ms", "TTFT mean"),
     ("p99_ttft_ms", "TTFT p99"),
@@ -51,8 +54,8 @@ STATION_SHOWN_S = 0.0005  # a difference below half a millisecond says nothing
 
 def print_check(outcome: "CheckOutcome", console: Console) -> None:
     """Print the comparison, the stations, the batches, the pace, and the verdict."""
-    console.print(_figure_table(outcome.figures))
-    console.print(_station_table(outcome.stations))
+    console.print(figure_table(outcome.figures))
+    console.print(station_table(outcome.stations))
     console.print(_batch_table(outcome))
     if outcome.paces:
         console.print(_pace_table(outcome.paces))
@@ -83,27 +86,38 @@ def write_check(outcome: "CheckOutcome", folder: Path) -> list[Path]:
 def check_markdown(outcome: "CheckOutcome") -> str:
     """Return the comparison of the fleet as a Markdown page."""
     fleet = [figure for figure in outcome.figures if figure.expert == ALL_EXPERTS]
-    heads = [head for _, head in TABLE]
     remarks = [f"{'  ' * line.startswith('  ')}- {line.strip()}" for line in outcome.remarks()]
     lines = [f"# {outcome.title}", "", *remarks, "", "![predicted and measured](check.png)", ""]
     lines += ["Predicted / measured (error); bold: outside its tolerance and the noise.", ""]
-    lines += [f"| load | {' | '.join(heads)} |", f"| ---: |{' ---: |' * len(heads)}"]
-    for load in _loads(fleet):
-        at = {figure.column: figure for figure in fleet if figure.load == load}
-        lines.append(f"| {load:g} | {' | '.join(_markdown_cell(at[column]) for column, _ in TABLE)} |")
+    lines += figure_markdown(fleet)
     if outcome.paces:
         lines += _pace_lines(outcome.paces, fleet)
     lines += ["", "Mean milliseconds of a request at each station, simulated / measured:", ""]
-    stations = list(dict.fromkeys(row.station for row in outcome.stations))
-    lines += [f"| load | expert | {' | '.join(stations)} |", f"| ---: | --- |{' ---: |' * len(stations)}"]
-    for load, expert in dict.fromkeys((row.load, row.expert) for row in outcome.stations):
+    lines += station_markdown(outcome.stations)
+    return "\n".join(lines) + "\n"
+
+
+def figure_markdown(figures: Sequence[Figure], columns: Columns = TABLE) -> list[str]:
+    """Return the lines of a table: a row a load, a column a figure."""
+    lines = [f"| load | {' | '.join(head for _, head in columns)} |", f"| ---: |{' ---: |' * len(columns)}"]
+    for load in _loads(figures):
+        at = {figure.column: figure for figure in figures if figure.load == load}
+        lines.append(f"| {load:g} | {' | '.join(_markdown_cell(at[column]) for column, _ in columns)} |")
+    return lines
+
+
+def station_markdown(rows: Sequence[StationTime]) -> list[str]:
+    """Return the lines of a table: a row a load and expert, a column a station."""
+    stations = list(dict.fromkeys(row.station for row in rows))
+    lines = [f"| load | expert | {' | '.join(stations)} |", f"| ---: | --- |{' ---: |' * len(stations)}"]
+    for load, expert in dict.fromkeys((row.load, row.expert) for row in rows):
         cells = [
             f"{number_text(row.simulated_s * 1e3)} / {number_text(row.measured_s * 1e3)}"
-            for row in outcome.stations
+            for row in rows
             if (row.load, row.expert) == (load, expert)
         ]
         lines.append(f"| {load:g} | {expert} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _pace_lines(paces: Sequence[Pace], figures: Sequence[Figure]) -> list[str]:
@@ -163,7 +177,8 @@ def _loads(figures: Sequence[Figure]) -> list[float]:
     return sorted({figure.load for figure in figures})
 
 
-def _figure_table(figures: Sequence[Figure]) -> Table:
+def figure_table(figures: Sequence[Figure], columns: Columns = TABLE) -> Table:
+    """Return a table for terminals: a row a load and expert, a column a figure."""
     table = Table(
         title="predicted / measured, error; * outside tolerance and noise",
         title_justify="left",
@@ -172,13 +187,13 @@ def _figure_table(figures: Sequence[Figure]) -> Table:
     )
     table.add_column("load", justify="right")
     table.add_column("expert")
-    for _, head in TABLE:
+    for _, head in columns:
         table.add_column(head, justify="right", no_wrap=True)
     for load in _loads(figures):
         for expert in dict.fromkeys(figure.expert for figure in figures):
             at = {f.column: f for f in figures if f.load == load and f.expert == expert}
             if at:
-                table.add_row(f"{load:g}", expert, *(_cell(at[column]) for column, _ in TABLE))
+                table.add_row(f"{load:g}", expert, *(_cell(at[column]) for column, _ in columns))
         table.add_section()
     return table
 
@@ -197,9 +212,10 @@ def _percent(share: float) -> str:
     return "-" if isnan(share) else f"{share:+.1%}"
 
 
-def _station_table(rows: Sequence[StationTime]) -> Table:
+def station_table(rows: Sequence[StationTime], what: str = "mean") -> Table:
+    """Return a table for terminals: a row a load and expert, a column a station; ``what`` its times are."""
     table = Table(
-        title="mean ms of a request at each station, simulated / measured; the largest difference in bold",
+        title=f"{what} ms of a request at each station, simulated / measured; the largest difference in bold",
         title_justify="left",
         box=BOX,
         title_style="bold",

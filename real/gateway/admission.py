@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from real.gateway.error_events import Refusal
-from real.gateway.replicas import Replica, Routing, Wish
+from real.gateway.replicas import Place, Replica, Routing, Wish
 
 _RATE_MEMORY_S = 10.0
 _LONGEST_RETRY_AFTER_S = 60.0
@@ -46,7 +46,7 @@ class DrainRate:
 class _Waiter:
     wish: Wish
     number: int
-    place: asyncio.Future[Replica]
+    place: asyncio.Future[Place]
     in_line: bool = True
 
 
@@ -89,8 +89,8 @@ class Admission:
         self._rates = [DrainRate() for _ in range(experts + 1)]
         self.queued = [0] * (experts + 1)
 
-    async def place(self, wish: Wish) -> Replica:
-        """Return a replica with one of its places taken, as soon as there is one.
+    async def place(self, wish: Wish) -> Place:
+        """Return a place, as soon as there is one.
 
         Raises:
             Refusal: the queue is full, waiting took too long, or nothing that could answer is up.
@@ -104,7 +104,7 @@ class Admission:
             raise self._overload("queue_full", line)
         return await self._wait(wish, line)
 
-    async def _wait(self, wish: Wish, line: int) -> Replica:
+    async def _wait(self, wish: Wish, line: int) -> Place:
         self._arrivals += 1
         waiter = _Waiter(wish, self._arrivals, asyncio.get_running_loop().create_future())
         queue = self._queues.setdefault(wish, deque())
@@ -133,21 +133,23 @@ class Admission:
         if waiter.place.done() and not waiter.place.cancelled() and waiter.place.exception() is None:
             self.release(waiter.place.result())
 
-    def another(self, wish: Wish, besides: Replica) -> Replica | None:
-        """Return a replica for a second try with one of its places taken; None when there is none at once."""
+    def another(self, wish: Wish, besides: Replica) -> Place | None:
+        """Return a place for a second try; None when there is none at once."""
         try:
             replica = self._routing.choose(wish, self._clock(), besides)
         except Refusal:
             return None
         return None if replica is None else self._take(replica)
 
-    def _take(self, replica: Replica) -> Replica:
-        self._routing.send_to(replica)
+    def _take(self, replica: Replica) -> Place:
+        place = self._routing.send_to(replica)
         self._on_in_flight(replica)
-        return replica
+        return place
 
-    def release(self, replica: Replica) -> None:
-        """Free a place and hand it on."""
+    def release(self, place: Place) -> None:
+        """Free a place, once its request is over, and hand it on."""
+        replica = place.replica
+        replica.health.over(place.epoch)
         replica.outstanding -= 1
         self._on_in_flight(replica)
         now_s = self._clock()

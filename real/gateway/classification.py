@@ -25,7 +25,7 @@ _classifier: "Classifier | None" = None  # of a helper process
 
 
 class ClassifierBusyError(Exception):
-    """Too many prompts wait for the helper process, or this one has waited too long."""
+    """Too many prompts wait for the helper process, this one has waited too long, or it cannot be started."""
 
 
 class Classification:
@@ -73,6 +73,9 @@ class Classification:
                     self.close()
                     return await self._elsewhere(text)
         except TimeoutError:
+            raise ClassifierBusyError from None
+        except OSError:  # no file descriptor or process is left for it
+            self.close()
             raise ClassifierBusyError from None
         finally:
             self._waiting -= 1

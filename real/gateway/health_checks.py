@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 
+from real.gateway.exchange import UpstreamError
 from real.gateway.replica_health import State
 from real.gateway.replicas import Replica
 from real.gateway.upstream import Upstream
@@ -24,9 +25,10 @@ class HealthChecks:
 
     async def first(self) -> None:
         """Take every replica for what it is now."""
-        answers = await asyncio.gather(*(self._upstream.healthy(r, self._spec.interval_s) for r in self._replicas))
+        asked = (self._upstream.healthy(replica, self._spec.interval_s) for replica in self._replicas)
+        answers = await asyncio.gather(*asked, return_exceptions=True)
         for replica, ok in zip(self._replicas, answers, strict=True):
-            replica.health.begin(bool(ok))
+            replica.health.begin(ok is True)
             self._on_check(replica)
 
     async def run(self) -> None:
@@ -41,7 +43,10 @@ class HealthChecks:
         while True:
             due_s = max(due_s + interval_s, self._clock())
             await asyncio.sleep(due_s - self._clock())
-            ok = await self._upstream.healthy(replica, interval_s)
+            try:
+                ok = await self._upstream.healthy(replica, interval_s)
+            except UpstreamError:
+                continue  # no file descriptor is left to ask with, which says nothing about the replica
             if ok is None:  # no answer in time counts as one while the replica is busy sending others
                 ok = self._clock() - replica.heard_s < interval_s and replica.health.state is not State.OUT
             replica.health.checked(ok, self._clock())

@@ -1,7 +1,8 @@
 """A listening socket whose waiting connections are all accepted at a time.
 
 uvloop's own server accepts one connection in each turn of its loop. While a thousand streams keep a turn at some
-milliseconds, a thousand new clients would wait for seconds.
+milliseconds, a thousand new clients would wait for seconds. When no file descriptor is left, those who wait go on
+waiting: the socket is looked at twice a second, and what is open goes on.
 """
 
 import asyncio
@@ -35,6 +36,7 @@ class Listener:
         self._factory = factory
         self._loop = asyncio.get_running_loop()
         self._beginning: set[asyncio.Task[None]] = set()
+        self._held_up = False
         self._start()
 
     def _start(self) -> None:
@@ -46,11 +48,16 @@ class Listener:
             try:
                 connection, _ = self._socket.accept()
             except (BlockingIOError, InterruptedError):
+                if self._held_up:  # and now nobody waits any more
+                    self._held_up = False
+                    _log.warning("accepts connections again")
                 return
             except ConnectionAbortedError:
                 continue
-            except OSError as error:  # no file descriptor left, for one: those who wait must wait on
-                _log.warning("cannot accept connections for now: %s", error.strerror)
+            except OSError as error:  # the socket stays readable, so looking at it at once would never end
+                if not self._held_up:
+                    self._held_up = True
+                    _log.warning("cannot accept connections for now: %s", error.strerror)
                 self._loop.remove_reader(self._socket)
                 self._loop.call_later(_PAUSE_S, self._start)
                 return

@@ -2,8 +2,10 @@
 
 In rotation -> out, when checks are missed, or a request finds the replica unreachable or silent, or 5xx or broken
 answers come in a row. Out -> on trial, after a wait and good checks in a row: one request tries it. Its first good
-byte brings the replica back, its failure doubles the wait. A 4xx is the client's mistake and never counts. The clock
-is the caller's, so that nothing here waits.
+byte brings the replica back, its failure doubles the wait. A 4xx is the client's mistake and never counts.
+
+What a request tells is told with the epoch in which it was sent, and counts only while that lasts: an answer that began
+before the replica went out says nothing about what came back. The clock is the caller's, so that nothing here waits.
 """
 
 import math
@@ -30,7 +32,7 @@ class ReplicaHealth:
 
     Attributes:
         state: where it stands.
-        ejections: how often it left the rotation.
+        ejections: how often it left the rotation, which is also the number of the present epoch.
         returned_s: when it last came back, and from when on it starts slowly.
     """
 
@@ -72,10 +74,10 @@ class ReplicaHealth:
         else:
             self._good_checks = 0
             self._bad_checks += 1
-            if self.state is State.IN and self._bad_checks >= self._spec.unhealthy_after:
-                self._leave(now_s)
-            elif self.state is State.TRIAL and not self._trial_taken:
+            if self.state is State.TRIAL and not self._trial_taken:
                 self.state = State.OUT
+            elif self._bad_checks >= self._spec.unhealthy_after:
+                self._fail(now_s)
 
     def _end_wait(self, now_s: float) -> None:
         if self.state is State.OUT and self._good_checks >= self._spec.healthy_after and now_s >= self._retry_at_s:
@@ -92,41 +94,47 @@ class ReplicaHealth:
         """Whether it may get a request now."""
         return self.state is State.IN or (self.state is State.TRIAL and not self._trial_taken)
 
-    def sent(self) -> None:
-        """Note that a request goes there."""
+    def sent(self) -> int:
+        """Note that a request goes there; return the epoch with which its outcome is to be told."""
         if self.state is State.TRIAL:
             self._trial_taken = True
+        return self.ejections
 
-    def answered(self, now_s: float) -> None:
+    def answered(self, epoch: int, now_s: float) -> None:
         """Note a good first byte."""
-        if self.state is State.TRIAL:
+        if epoch == self.ejections and self.state is State.TRIAL:
             self.state = State.IN
             self._wait_s = self._spec.reopen_s
             self._bad_checks = 0
             self.returned_s = now_s
 
-    def completed(self) -> None:
+    def completed(self, epoch: int) -> None:
         """Note an answer that came to a good end: what broke before was not one of many in a row."""
-        self._server_errors = 0
+        if epoch == self.ejections:
+            self._server_errors = 0
 
-    def server_error(self, now_s: float) -> None:
+    def server_error(self, epoch: int, now_s: float) -> None:
         """Note an answer with 5xx, or one that broke off."""
-        self._server_errors += 1
-        if self.state is State.TRIAL or self._server_errors >= SERVER_ERRORS_IN_A_ROW:
-            self.failed(now_s)
+        if epoch == self.ejections:
+            self._server_errors += 1
+            if self.state is State.TRIAL or self._server_errors >= SERVER_ERRORS_IN_A_ROW:
+                self._fail(now_s)
 
-    def failed(self, now_s: float) -> None:
+    def failed(self, epoch: int, now_s: float) -> None:
         """Note a connection refused, or a silence that was too long."""
+        if epoch == self.ejections:
+            self._fail(now_s)
+
+    def over(self, epoch: int) -> None:
+        """Note a request's end; if it was on trial and told nothing (its client left, or a 4xx), another may try."""
+        if epoch == self.ejections:
+            self._trial_taken = False
+
+    def _fail(self, now_s: float) -> None:
+        if self.state is State.OUT:
+            return
         if self.state is State.TRIAL:
             self._wait_s = min(2 * self._wait_s, LONGEST_WAIT_S)
-        if self.state is not State.OUT:
-            self._leave(now_s)
-
-    def trial_undecided(self) -> None:
-        """Note that the request on trial ended without telling anything: its client left, or it was a 4xx."""
-        self._trial_taken = False
-
-    def _leave(self, now_s: float) -> None:
         self.ejections += 1
         self.state = State.OUT
         self._good_checks = 0

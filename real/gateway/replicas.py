@@ -1,10 +1,11 @@
 """The replicas behind a gateway and the choice among them: the simulator's policies over those that can be used."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from real.gateway.config import GatewayConfig, share_of
+from real.gateway.config import GatewayConfig, GatewayExpert, share_of
 from real.gateway.error_events import Refusal
 from real.gateway.replica_health import SLOW_START_S, ReplicaHealth
 from sim.policies import REPLICA_POLICIES, Pool, Uniform, by_class, by_class_with_spill_over
@@ -54,6 +55,19 @@ class Replica:
         self.return_counts: tuple[float, int, int] | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """One place among the requests in flight at a replica.
+
+    Attributes:
+        replica: that one.
+        epoch: of the replica's health when the place was taken; what becomes of the request is told with it.
+    """
+
+    replica: Replica
+    epoch: int
+
+
 @dataclass(frozen=True, slots=True)
 class Wish:
     """Where a request may go.
@@ -65,6 +79,12 @@ class Wish:
 
     experts: tuple[int, ...]
     anywhere: bool = False
+
+
+def _saturated_at(expert: GatewayExpert, worker: int, workers: int) -> float:
+    """Mean requests per replica from which an expert is saturated for one worker: its share, but one at the least."""
+    replicas = len(expert.replica_urls)
+    return max(1, share_of(math.ceil(expert.saturated_at * replicas), worker, workers)) / replicas
 
 
 class Routing:
@@ -86,7 +106,7 @@ class Routing:
         self._everywhere: Pool[Replica] = Pool(())
         self._spills = spec.policy == "class_with_spill_over"
         # Outstanding requests are this worker's only, so it spills over at its share of the bound.
-        self._saturated_at = [expert.saturated_at / spec.workers for expert in config.experts]
+        self._saturated_at = [_saturated_at(expert, worker, spec.workers) for expert in config.experts]
         blind = not config.routes_by_class
         self._among = REPLICA_POLICIES[spec.policy if blind else spec.replica_policy]
         order = {expert.name: index for index, expert in enumerate(config.experts)}
@@ -141,11 +161,11 @@ class Routing:
         pool.turn %= len(free)
         return self._among(pool, self._uniform)
 
-    def send_to(self, replica: Replica) -> None:
+    def send_to(self, replica: Replica) -> Place:
         """Count a request that goes to this replica."""
         replica.outstanding += 1
-        replica.health.sent()
         replica.sent += 1
+        return Place(replica, replica.health.sent())
 
     def _has_its_share(self, replica: Replica, usable: Sequence[Replica], now_s: float) -> bool:
         """Whether a replica that has just come back already got its part of the requests sent since."""

@@ -21,13 +21,19 @@ class GatewayProcess:
 
     name = "gateway"
 
-    def __init__(self, command: Sequence[str], *, url: str, logs: Path, life: LifeLine) -> None:
-        """Nothing is started yet; the log is ``gateway.log`` in ``logs``."""
+    def __init__(
+        self, command: Sequence[str], *, url: str, logs: Path, life: LifeLine, cores: Sequence[int] = ()
+    ) -> None:
+        """Nothing is started yet; the log is ``gateway.log`` in ``logs``. Empty ``cores`` confine it to none."""
         self.url = url
         self.started_s: float | None = None
         self._is_ready = False
         self._process = GuardedProcess(
-            command, log=logs / "gateway.log", life=life, environment=child_environment({"PYTHONUNBUFFERED": "1"})
+            command,
+            log=logs / "gateway.log",
+            life=life,
+            environment=child_environment({"PYTHONUNBUFFERED": "1"}),
+            cores=cores,
         )
 
     @property

@@ -147,7 +147,9 @@ class Supervisor:
             if self.gateway is not None:
                 self._start_all([self.gateway], limit_s)
         except BaseException:
-            self.stop(drain_s=0)
+            # The gateway may have users from the moment it is ready, which is before this has returned.
+            serves = self.gateway is not None and self.gateway.state == "ready"
+            self.stop(drain_s=None if serves else 0)
             raise
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
         self._thread.start()

@@ -1,14 +1,19 @@
-"""Seeded chaos: experts killed, stopped and started again under load while clients come and go; then a quiet point."""
+"""Seeded chaos: experts killed, stopped and started again under load while clients come and go; then a quiet point.
+
+A gateway's life ends with a drain, also under load; the next one starts where it was.
+"""
 
 import asyncio
+import contextlib
 import random
 import signal
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from tests.kit.client import Client
-from tests.kit.processes import CLASSES, Expert, until
-from tests.kit.scene import Scene
+from tests.kit.processes import CLASSES, Expert, Footprint, footprint, until
+from tests.kit.scene import Scene, scene
 
 CHAOS_TIMEOUTS = {"first_byte_s": 1.0, "idle_s": 1.0, "queue_s": 2.0}
 
@@ -24,6 +29,40 @@ class Chaos:
         self.down: list[tuple[str, int]] = []
         self.stopped: list[Expert] = []
         self.done: Counter[str] = Counter()
+
+    async def life(self, rounds: int, round_s: float) -> tuple[Footprint, Footprint]:
+        """Lead one gateway from its first load through trouble to its drain; return what it held before and after."""
+        gateway = self.fleet.gateway
+        workers = gateway.workers()
+        await self.load()
+        await self.quiet()
+        before = footprint(gateway)
+        for _ in range(rounds):
+            await self.round(round_s)
+        self.client.close()
+        assert gateway.workers() == workers, "a worker has died"
+        await until(lambda: footprint(gateway).files <= before.files)
+        after = footprint(gateway)
+        await self.drain()
+        return before, after
+
+    async def drain(self) -> None:
+        """End the gateway under load and in trouble: it finishes all or says that it cannot. Start another."""
+        gateway = self.fleet.gateway
+        received = gateway.total("requests_received_total")
+        for _ in range(20):
+            self.send()
+        await until(lambda: gateway.total("requests_received_total") == received + 20)
+        await self.kill()
+        gateway.signal(signal.SIGTERM)
+        assert await asyncio.to_thread(gateway.process.wait) == 0
+        await asyncio.gather(*self.requests)
+        self.requests.clear()
+        self.done["drain"] += 1
+        await self.recover()
+        await until(lambda: all(expert.state()["running"] == 0 for expert in self.fleet.all))
+        self.fleet.check_ledger()
+        await asyncio.to_thread(self.fleet.restart_gateway)
 
     async def round(self, seconds: float) -> None:
         """Trouble for some time, everything up again, and a quiet point at which all accounts must agree."""
@@ -102,3 +141,12 @@ class Chaos:
             self.draw.choice(CLASSES), max_tokens=self.draw.randrange(1, 30), stream=self.draw.random() < 0.8, **fields
         )
         self.requests.add(asyncio.create_task(request))
+
+
+@contextlib.contextmanager
+def chaos_scene(folder: Path) -> Iterator[Scene]:
+    """Two experts of two replicas each, small caps, and limits that pass soon."""
+    limits = {"max_in_flight_per_replica": 20, "max_queued_per_expert": 20}
+    behaviour = {"ttft_s": 0.02, "itl_s": 0.01}
+    with scene(folder, {"code": 2, "talk": 2}, behaviour, timeouts=CHAOS_TIMEOUTS, limits=limits) as fleet:
+        yield fleet

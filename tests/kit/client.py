@@ -11,6 +11,16 @@ import httptools
 import uvloop
 
 
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What the ledger needs of a reply: a long run cannot keep all bytes."""
+
+    request_id: str
+    path: str
+    end: str
+    outcome: str
+
+
 @dataclass
 class Reply:
     """What one request came to.
@@ -61,6 +71,10 @@ class Reply:
         if streamed and not self.is_done:
             return "failed: no [DONE]"
         return "completed"
+
+    @property
+    def settled(self) -> Settled:
+        return Settled(self.request_id, self.path, self.end, self.outcome)
 
     @property
     def ttft_s(self) -> float:

@@ -4,11 +4,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tests.kit.client import Reply
+from tests.kit.client import Reply, Settled
 
 
 def check_ledger(
-    replies: Iterable[Reply], gateway_log: Iterable[Mapping[str, Any]], *, worker_killed: bool = False
+    replies: Iterable[Reply | Settled], gateway_log: Iterable[Mapping[str, Any]], *, worker_killed: bool = False
 ) -> Counter[str]:
     """Hold both sides together; return how many requests had which outcome by the client's account.
 

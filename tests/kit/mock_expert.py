@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, cast
 
@@ -30,7 +31,7 @@ class Behaviour:
 
     ttft_s: float = 0.0
     itl_s: float = 0.0
-    status: int | None = None  # answer with this error
+    status: int | None = None  # answer with this error, after ttft_s
     health: int = 200
     hang_before_head: bool = False
     hang_after: int | None = None  # chunks, then silence
@@ -65,25 +66,34 @@ class Engine(Protocol):
 
 
 class PacedEngine:
-    """Every request on its own, at the pace that it asks for."""
+    """Every request on its own, at the pace that it asks for: from its own arrival, in whole milliseconds.
+
+    The loop's timers know no less than a millisecond, so those who are due in the same one share a timer.
+    """
+
+    def __init__(self) -> None:
+        self.due: dict[int, list[tuple[StreamedAnswer, float]]] = {}
 
     def add(self, answer: "StreamedAnswer") -> None:
-        loop = asyncio.get_running_loop()
         behaviour = answer.behaviour
         if behaviour.itl_s == 0 and behaviour.ttft_s == 0:
             answer.all_at_once()
-            return
-        due_s = loop.time() + behaviour.ttft_s
+        else:
+            self._at(answer, asyncio.get_running_loop().time() + behaviour.ttft_s)
 
-        def step() -> None:
-            nonlocal due_s
+    def _at(self, answer: "StreamedAnswer", due_s: float) -> None:
+        tick = round(due_s * 1000)
+        if tick not in self.due:
+            self.due[tick] = []
+            asyncio.get_running_loop().call_at(tick / 1000, self._step, tick)
+        self.due[tick].append((answer, due_s))
+
+    def _step(self, tick: int) -> None:
+        for answer, due_s in self.due.pop(tick):
             if not answer.over:
                 answer.token()
             if not answer.over:
-                due_s += behaviour.itl_s
-                answer.timer = loop.call_at(due_s, step)
-
-        answer.timer = loop.call_at(due_s, step)
+                self._at(answer, due_s + answer.behaviour.itl_s)
 
 
 class BatchingEngine:
@@ -137,13 +147,12 @@ class StreamedAnswer:
         prompt = body.get("prompt") if not self.chat else json.dumps(body.get("messages"))
         text = prompt if isinstance(prompt, str) else json.dumps(prompt)
         self.seed = len(text)
-        self.prompt_tokens = len(text.split())
+        self.prompt_tokens = expert.count(text)
         self.request_id = connection.headers.get("x-request-id", "none")
         self.model = body.get("model") or expert.model
         self.sent = 0
         self.over = False
         self.head_sent = False
-        self.timer: asyncio.TimerHandle | None = None
         self.before, self.after = b"", b""
         if self.stream:
             text = json.dumps({**self.frame(), "choices": [self.choice(2, "\0")]})
@@ -162,8 +171,10 @@ class StreamedAnswer:
             self.end("failed")
             return
         if behaviour.status is not None:
-            self.connection.respond(behaviour.status, error_body(behaviour.status, "made to fail"))
-            self.end("failed")
+            if behaviour.ttft_s:
+                self.timer = asyncio.get_running_loop().call_later(behaviour.ttft_s, self.refuse)
+            else:
+                self.refuse()
             return
         if self.stream and not behaviour.late_head:
             self.head()
@@ -174,6 +185,11 @@ class StreamedAnswer:
             self.end("completed")
             return
         expert.engine.add(self)
+
+    def refuse(self) -> None:
+        assert self.behaviour.status is not None
+        self.connection.respond(self.behaviour.status, error_body(self.behaviour.status, "made to fail"))
+        self.end("failed")
 
     def head(self) -> None:
         if not self.head_sent:
@@ -268,8 +284,6 @@ class StreamedAnswer:
 
     def end(self, outcome: str) -> None:
         self.over = True
-        if self.timer is not None:
-            self.timer.cancel()
         if self in self.expert.running:
             self.expert.running.discard(self)
             self.expert.ended[outcome] = self.expert.ended.get(outcome, 0) + 1
@@ -293,6 +307,7 @@ class MockExpert:
         self.ended: dict[str, int] = {}
         self.last_headers: dict[str, str] = {}
         self.connections = 0
+        self.count: Callable[[str], int] = lambda text: len(text.split())  # tokens of a prompt
         self._log = None if log is None else os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
     def log(self, what: str, answer: StreamedAnswer) -> None:

@@ -13,6 +13,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,18 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+@dataclass(frozen=True)
+class Footprint:
+    """What the workers of a gateway hold."""
+
+    files: int
+    resident_mb: float
+
+
+def footprint(gateway: "GatewayProcess") -> Footprint:
+    return Footprint(sum(open_files(pid) for pid in gateway.workers()), gateway.resident_mb())
+
+
 def open_files(pid: int) -> int:
     return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
@@ -197,6 +210,8 @@ def config_for(
     router: Mapping[str, Any] | None = None,
     request_log: Path | None = None,
     classifier: Mapping[str, Any] | None = None,
+    class_map: Mapping[str, list[str]] | None = None,
+    saturated_at: Mapping[str, float] | None = None,
     **serve: Any,
 ) -> GatewayConfig:
     """A gateway in front of experts (name -> URLs of replicas) that each serve the class of their name, or all."""
@@ -204,9 +219,14 @@ def config_for(
     return GatewayConfig(
         fleet="tested",
         classes=list(CLASSES),
-        class_map={name: [name] if name in names else [names[0]] for name in CLASSES},
+        class_map={name: [name] if name in names else [names[0]] for name in CLASSES} | dict(class_map or {}),
         experts=[
-            GatewayExpert(name=name, served_model=name, replica_urls=list(urls), saturated_at=256)
+            GatewayExpert(
+                name=name,
+                served_model=name,
+                replica_urls=list(urls),
+                saturated_at=(saturated_at or {}).get(name, 256),
+            )
             for name, urls in experts.items()
         ],
         router=RouterSpec(**(router or {})),

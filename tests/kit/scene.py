@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.kit.client import Client, Reply, play
+from tests.kit.client import Client, Reply, Settled, play
 from tests.kit.ledger import check_ledger
 from tests.kit.processes import Expert, GatewayProcess, config_for, running
 
@@ -24,11 +24,11 @@ class Scene:
         for expert in self.all:
             expert.wait_until_ready()
         urls = {name: [expert.url for expert in replicas] for name, replicas in self.experts.items()}
-        environment = config.pop("environment", None)
-        self.gateway = GatewayProcess(
-            config_for(urls, request_log=folder / "gateway.log", **config), folder, environment
-        )
+        self.environment = config.pop("environment", None)
+        self.config = config_for(urls, request_log=folder / "gateway.log", **config)
+        self.gateway = GatewayProcess(self.config, folder, self.environment)
         self.replies: list[Reply] = []
+        self.settled: list[Settled] = []
 
     def _expert(self, name: str, index: int, port: int | None = None, *, wait: bool = True) -> Expert:
         log = self.folder / f"{name}-{index}.log"
@@ -49,6 +49,12 @@ class Scene:
         self.experts[name][index] = self._expert(name, index, old.port)
         return self.experts[name][index]
 
+    def restart_gateway(self) -> None:
+        """Start another in the place of one that has ended."""
+        assert "Traceback" not in self.gateway.error_text(), self.gateway.error_text()
+        self.gateway.close()
+        self.gateway = GatewayProcess(self.config, self.folder, self.environment)
+
     # ------------------------------------------------------------------------------------------------- the ledger
 
     def gateway_log(self) -> list[dict[str, Any]]:
@@ -63,7 +69,8 @@ class Scene:
 
     def check_ledger(self) -> Counter[str]:
         """Hold the three sides together; return how many requests had which outcome by the client's account."""
-        replies = [reply for reply in self.replies if reply.path.endswith("completions")]
+        everyone = (*self.settled, *(reply.settled for reply in self.replies))
+        replies = [reply for reply in everyone if reply.path.endswith("completions")]
         outcomes = check_ledger(replies, self.gateway_log())
         starts: Counter[str] = Counter()
         finished: Counter[str] = Counter()
