@@ -29,6 +29,7 @@ from calibrate.check.check_report import (
 )
 from calibrate.check.comparison import Figure, compare
 from calibrate.check.station_times import StationTime
+from calibrate.check.taken_for import taken_for
 from calibrate.measure.client import PATIENCE
 from calibrate.measure.machine import cpu_seconds, device_name
 from calibrate.measure.router import (
@@ -40,7 +41,6 @@ from calibrate.measure.router import (
     first_token_s,
     measure_router,
 )
-from calibrate.measure.router_confusion import router_confusion
 from real.users.engine_metrics import read_metrics
 from real.users.load_client import LoadClient
 from real.users.run import run
@@ -188,10 +188,10 @@ async def _front_end(expert: EngineExpert, name: str, prompts: Prompts) -> Front
 
 
 def calibrated(file: LoadedFleetFile, router: RouterCosts, front_end: FrontEndSpec) -> LoadedFleetFile:
-    """Return the file with measured costs, and with what its classifier takes prompts for."""
+    """Return the file with measured costs."""
     fleet = file.fleets[FLEET]
     assert fleet.router is not None
-    costs = {**dict(router), "confusion": router_confusion(file, FLEET)}
+    costs = dict(router)
     experts = {name: each.model_copy(update={"front_end": front_end}) for name, each in fleet.experts.items()}
     changed = fleet.model_copy(update={"router": fleet.router.model_copy(update=costs), "experts": experts})
     return file.model_copy(update={"fleets": {FLEET: changed}})
@@ -211,8 +211,12 @@ def truth(users: Sequence[int] | None, repeats: int, folder: Path, console: Cons
     changed = with_changes(calibrated(file, router, front_end), users=users, seed=None, replications=None)
     assert isinstance(changed, LoadedFleetFile)
     console.print("simulating", highlight=False)
-    predicted = simulate(changed)
-    bounds = [simulate(changed, seed=changed.run.seed + draw) for draw in range(1, OTHER_DRAWS + 1)]
+    classified = taken_for(changed, FLEET)  # the very prompts, by the very classifier
+    predicted = simulate(changed, taken_for=classified, workers=1)
+    bounds = [
+        simulate(changed, seed=changed.run.seed + draw, taken_for=classified, workers=1)
+        for draw in range(1, OTHER_DRAWS + 1)
+    ]
     measured: list[Result] = []
     with engine_fleet(FILE, changed, FLEET, folder) as fleet:
         fleet.pin_gateway(gateway_cores)

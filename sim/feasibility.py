@@ -52,6 +52,7 @@ def check_feasible(file: FleetFile, data: WorkloadData | None = None) -> None:
         reaching = _check_class_map(file, fleet, path, mistakes)
         if fleet.router is not None:
             _check_router(file, fleet.router, (*path, "router"), mistakes)
+        _check_outages(fleet, path, mistakes)
         known = [check_expert(each, (*path, "experts", key), mistakes) for key, each in fleet.experts.items()]
         if all(known):
             _check_lengths(fleet, reaching, longest, path, mistakes)
@@ -188,6 +189,27 @@ def _check_router(file: FleetFile, router: RouterSpec, path: Path, mistakes: Mis
                 mistakes.add((*at, routed), f"unknown class {routed!r}", did_you_mean(routed, classes))
         if not any(weight > 0 for weight in weights.values()):
             mistakes.add(at, "has no weight above 0: prompts of this class would go nowhere")
+
+
+def _check_outages(fleet: FleetSpec, path: Path, mistakes: Mistakes) -> None:
+    if fleet.outages and fleet.router is None:
+        problem = "have no meaning without a router, whose health checks and second tries they are about"
+        mistakes.add((*path, "outages"), problem, ", add 'router: {}' to the fleet")
+    back_s: dict[tuple[str, int], float] = {}
+    for place, outage in sorted(enumerate(fleet.outages), key=lambda each: each[1].at_s):
+        at = (*path, "outages", place)
+        if outage.expert not in fleet.experts:
+            mistakes.add(
+                (*at, "expert"), f"unknown expert {outage.expert!r}", did_you_mean(outage.expert, fleet.experts)
+            )
+            continue
+        replicas = fleet.experts[outage.expert].replicas
+        if outage.replica >= replicas:
+            mistakes.add((*at, "replica"), f"{outage.expert} has replicas 0 to {replicas - 1}, got {outage.replica}")
+        which = outage.expert, outage.replica
+        if outage.at_s < back_s.get(which, 0.0):
+            mistakes.add((*at, "at_s"), f"{outage.expert}/{outage.replica} is still down then, from an earlier outage")
+        back_s[which] = math.inf if outage.for_s is None else outage.at_s + outage.for_s
 
 
 # ------------------------------------------------------------------------------------------------------------ lengths

@@ -1,7 +1,8 @@
 """A fleet as the simulation runs it: every default resolved, KV blocks and service curves found."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from sim.serve_spec import HealthSpec, LimitSpec
 from sim.service_curve import ServiceCurve
 from sim.spec import RouterSpec
 
@@ -62,14 +63,33 @@ class Expert:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Outage:
+    """One replica is down.
+
+    Attributes:
+        for_s: infinite when it stays down.
+    """
+
+    expert_index: int
+    replica_index: int
+    at_s: float
+    for_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Fleet:
     """A router (or none) and its experts.
 
     Attributes:
         class_map: for each class of the workload, in order, the indices of its experts, the preferred one first.
+        outages: of its replicas.
+        health, limits: what the router makes of them.
     """
 
     name: str
     router: RouterSpec | None
     experts: tuple[Expert, ...]
     class_map: tuple[tuple[int, ...], ...]
+    outages: tuple[Outage, ...] = ()
+    health: HealthSpec = field(default_factory=HealthSpec)
+    limits: LimitSpec = field(default_factory=LimitSpec)

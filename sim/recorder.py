@@ -12,6 +12,7 @@ from sim.replica import RUN_COLUMNS, Replica
 from sim.request import Request
 
 GAP_RESOLUTION_S = 1e-6
+OK = 200  # of HTTP
 _COLUMNS = REQUEST_COLUMNS | {"first_run": "int64", "last_run": "int64"}
 _ROW = np.dtype([(name, np.dtype(dtype).newbyteorder("<")) for name, dtype in _COLUMNS.items()])
 _CODES = {"int64": "q", "int32": "i", "int16": "h", "int8": "b", "float64": "d"}
@@ -52,6 +53,7 @@ class Recorder:
             request.last_token_engine_s,
             request.last_token_s,
             status,
+            OK if request.failure is None else request.failure.http_status,
             request.first_run,
             request.last_run,
         )

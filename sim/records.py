@@ -30,6 +30,7 @@ REQUEST_COLUMNS: dict[str, str] = {
     "last_token_engine_s": "float64",
     "last_token_s": "float64",  # the user has the last token
     "status": "int8",  # index into STATUSES
+    "http_status": "int16",  # of the answer, 0 before it; 200 of a failed request: it broke off after it had begun
 }
 
 STATUSES = ("completed", "failed", "in_flight")
@@ -98,10 +99,12 @@ class RouterStats:
     Attributes:
         utilization: busy share of all workers, requests and streamed tokens together.
         requests: mean number of requests in it, waiting or being served.
+        second_tries: requests of the whole run that it sent to another replica when one died; NaN where not told.
     """
 
     utilization: float
     requests: float
+    second_tries: float = nan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

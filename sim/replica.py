@@ -47,6 +47,8 @@ class Replica:
 
     Attributes:
         outstanding: requests routed here and not yet answered, kept by the router.
+        is_up: whether its process is there.
+        on_trial: the request whose first token will tell the router that it is back, if there is one.
         waited_s: time that admitted requests spent in the engine's waiting queue.
         settled_s: the start of the run in flight, or of the last one.
         most_kv_blocks: in use at the start of any iteration.
@@ -64,6 +66,7 @@ class Replica:
         network_s: float,
         user_network_s: float,
         deliver: Callable[[list[Request], float], None],
+        on_trial_answer: Callable[[Request, float], None] = lambda request, time_s: None,
         step_by_step: bool = False,
         trace: list[TracedIteration] | None = None,
     ):
@@ -78,6 +81,8 @@ class Replica:
             network_s: one-way delay of a token from the front end to the router.
             user_network_s: one-way delay from the router to the user.
             deliver: called with the requests that finish together and the time their last tokens leave the router.
+            on_trial_answer: called with the request on trial when its first token is made, and with the time at which
+                the router has it.
             step_by_step: one event per iteration instead of per run; slow, to check the fast way against.
             trace: where to log every iteration, or None.
         """
@@ -88,6 +93,9 @@ class Replica:
         self.engine: Engine[Request] = Engine(expert.engine)
         self.front_end = FrontEndStation()
         self.outstanding = 0
+        self.is_up = True
+        self.on_trial: Request | None = None
+        self._on_trial_answer = on_trial_answer
         self.waited_s = 0.0
         self._log = array("d")  # RUN_COLUMNS of each run, row by row
         self._runs = 0
@@ -200,6 +208,8 @@ class Replica:
     # ------------------------------------------------------------------------------------------------- the runs
 
     def _on_arrival_when_idle(self, event: Event) -> None:
+        if event is not self._event:
+            return
         now_s = self.env.now
         self._event = None
         due = self._due
@@ -274,6 +284,9 @@ class Replica:
         if isnan(request.first_token_engine_s):
             request.first_token_engine_s = end_s
             request.first_token_s = delivered_s + self._user_network_s
+            if request is self.on_trial:
+                self.on_trial = None
+                self._on_trial_answer(request, delivered_s)
         else:  # preempted before: one long gap
             gaps = request.gaps = request.gaps or []
             gaps.append(delivered_s - request.resumes_after_s)
@@ -387,6 +400,35 @@ class Replica:
         if used_blocks > self.most_kv_blocks:
             self.most_kv_blocks = used_blocks
         self._wake_at(end_s, self._on_run_end)
+
+    # ------------------------------------------------------------------------------------------------ its death
+
+    def kill(self) -> list[Request]:
+        """Lose the process, now: return the requests that were in it. Until it is up again it must get none."""
+        now_s, engine, batch = self.env.now, self.engine, self._batch
+        self.is_up = False
+        self.on_trial = None
+        running = list(engine.running)
+        queued = [*engine.waiting, *engine.arriving, *self._due]
+        if batch is not None:
+            scheduled, done = batch.decodes + len(batch.chunks), self._iterations_done(now_s)
+            self._log.fromlist([self._start_s, now_s, done, 0, 0, scheduled, self._kv_blocks, self._preempted])
+            self._runs += 1
+        for request in running:
+            self._served_s += now_s - request.scheduled_s - request.paused_s
+        for request in queued:
+            if request.preemptions:
+                self._served_s += request.queued_since_s - request.scheduled_s - request.paused_s
+            self.waited_s += max(0.0, now_s - request.queued_since_s)
+        self.settled_s = now_s
+        self._change_token_rate(now_s, 0.0)
+        self.front_end.lose_all(now_s)
+        self.engine = Engine(self.expert.engine)
+        self.prefix_groups.clear()
+        self._due.clear()
+        self._batch = self._event = None
+        self._front_end_delay_s = self._delay_s = 0.0
+        return running + queued
 
     # -------------------------------------------------------------------------------------------------- looking
 

@@ -1,7 +1,7 @@
 """A request on its way through the fleet."""
 
 from math import nan
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from sim.engine import EngineRequest
 
@@ -14,12 +14,25 @@ class Destination(Protocol):
     outstanding: int
 
 
+class Failure(NamedTuple):
+    """What a failed request's user got.
+
+    Attributes:
+        http_status: of the answer; 200 of one that broke off after it had begun.
+        pause_s: how long the user waits at least before sending again.
+    """
+
+    http_status: int
+    pause_s: float = 0.0
+
+
 class Request(EngineRequest):
     """A request with the times that become its record (``sim.records``)."""
 
     __slots__ = (
         "class_index",
         "engine_arrival_s",
+        "failure",
         "first_run",
         "first_token_engine_s",
         "first_token_s",
@@ -51,6 +64,7 @@ class Request(EngineRequest):
         self.routed_class_index = class_index
         self.prefix: tuple[int, int] | None = None  # (number, shared tokens) of its own; None: what its class shares
         self.replica: Destination | None = None
+        self.failure: Failure | None = None
         self.sent_s = nan
         self.router_start_s = nan
         self.router_end_s = nan
@@ -70,3 +84,13 @@ class Request(EngineRequest):
         self.resumes_after_s = nan
         self.queued_since_s = nan  # in the engine's waiting queue, this time
         self.paused_s = 0.0  # preempted and waiting, in all
+
+    def start_over(self) -> None:
+        """Forget all that a replica did with it: that replica is dead, and another one begins anew."""
+        super().__init__(self.prompt_tokens, self.output_tokens)
+        self.front_end_start_s = self.engine_arrival_s = self.scheduled_s = nan
+        self.first_token_engine_s = self.first_token_s = nan
+        self.first_run = -1
+        self.spans = self.gaps = None
+        self.resumes_after_s = self.queued_since_s = nan
+        self.paused_s = 0.0

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from functools import cache
 from importlib import resources
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from sim.catalogue import find_gpu, find_model, find_quantization
 from sim.factors import OverheadFactors, packaged_factors
-from sim.fleet import EngineSettings, Expert, Fleet, FrontEnd
+from sim.fleet import EngineSettings, Expert, Fleet, FrontEnd, Outage
 from sim.fleet_file import is_profile_file
 from sim.memory import MemoryBudget, block_size_of, engine_defaults, memory_budget, overlaps_scheduling
 from sim.mistakes import did_you_mean
@@ -48,6 +49,17 @@ def resolve_fleet(file: FleetFile, name: str) -> Fleet:
         router=spec.router,
         experts=experts,
         class_map=tuple(tuple(order[expert] for expert in names) for names in class_map.values()),
+        outages=tuple(
+            Outage(
+                expert_index=order[outage.expert],
+                replica_index=outage.replica,
+                at_s=outage.at_s,
+                for_s=inf if outage.for_s is None else outage.for_s,
+            )
+            for outage in spec.outages
+        ),
+        health=file.serve.health,
+        limits=file.serve.limits,
     )
 
 

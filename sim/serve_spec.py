@@ -1,4 +1,7 @@
-"""The ``serve`` part of a fleet file: how the gateway and its experts run for real. ``simulate`` does not read it."""
+"""The ``serve`` part of a fleet file: how the gateway and its experts run for real.
+
+``simulate`` reads of it what decides the fate of requests when a replica dies: ``health`` and ``limits.retry_share``.
+"""
 
 from typing import Annotated, Literal
 

@@ -1,21 +1,25 @@
 """One fleet at one load in one replication: users, router and replicas on one clock."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import isnan, nan
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from simpy import Environment
 from simpy.events import Event, Timeout
 
 from sim.chrome_trace import TracedIteration
+from sim.failover import Failover, failures_text
 from sim.fleet import Fleet
 from sim.kv_cache import PrefixGroup
 from sim.measuring import IN_STEP, NOT_WARM, Window, in_step, rare_garbage_collection, replication_seed, unsteady
 from sim.recorder import Recorder
 from sim.records import COMPLETED, FAILED, IN_FLIGHT, ReplicaStats, RouterStats, RunRecord
 from sim.replica import Replica
-from sim.request import Request
+from sim.request import Failure, Request
 from sim.routing import confusion, replica_choice
 from sim.self_checks import Counted, check_run
 from sim.spec import ClosedLoop, OpenLoop, RouterSpec, RunSpec, WorkloadSpec
@@ -25,6 +29,7 @@ from sim.traffic import ClosedLoopTraffic, OpenTraffic, TraceTraffic, WorkloadDa
 from sim.users import ClosedLoopUsers, arriving_requests
 
 PROGRESS_STEPS = 50
+TOO_LONG = 400  # HTTP status of a request that an engine refuses
 MAX_IN_FLIGHT = 200_000
 """Requests in flight at which an open loop or a trace is stopped: far beyond what any fleet here holds, and memory."""
 
@@ -87,6 +92,7 @@ class Simulation:
                     network_s=self._expert_network_s,
                     user_network_s=self._user_network_s,
                     deliver=self._deliver,
+                    on_trial_answer=self._on_trial_answer,
                     step_by_step=plan.step_by_step,
                     trace=self.traced if plan.trace == (expert_index, replica_index) else None,
                 )
@@ -96,6 +102,19 @@ class Simulation:
         ]
         self.replicas = [replica for replicas in by_expert for replica in replicas]
         self._choose = replica_choice(plan.fleet, by_expert, self._seed)
+        self._failover = (
+            Failover(
+                env,
+                plan.fleet,
+                by_expert,
+                self._seed,
+                forward=self._forward,
+                fail=self._fail,
+                in_router=lambda: self.counted.in_system.count,
+            )
+            if plan.fleet.outages
+            else None
+        )
         self._misroute = plan.taken_for or confusion(spec, list(plan.workload.classes), self._seed)
         self._shared_prefix_tokens = [spec.shared_prefix_tokens for spec in plan.workload.classes.values()]
 
@@ -177,6 +196,8 @@ class Simulation:
         together_at_s = nan
         for before in answered:
             request, think_s = users.next_request(before.user_id)
+            if before.failure is not None:
+                think_s = max(think_s, before.failure.pause_s)
             self._active[request.request_id] = request
             request.sent_s = sent_s = back_s + think_s
             if sent_s != together_at_s:
@@ -222,6 +243,9 @@ class Simulation:
         self._send_to_expert(request, now_s)
 
     def _send_to_expert(self, request: Request, now_s: float) -> None:
+        if self._failover is not None:
+            self._failover.take(request)
+            return
         replica = request.replica = self._choose(request)
         replica.outstanding += 1
         if self._expert_network_s:
@@ -229,9 +253,18 @@ class Simulation:
         else:
             self._submit(request, replica)
 
+    def _forward(self, request: Request) -> None:
+        self._at(self._env.now + self._expert_network_s, self._on_expert_arrival, request)
+
     def _on_expert_arrival(self, event: Event) -> None:
         request: Any = event.value
-        self._submit(request, request.replica)
+        if self._failover is None or self._failover.reaches(request):
+            self._submit(request, request.replica)
+
+    def _on_trial_answer(self, request: Request, at_router_s: float) -> None:
+        failover = self._failover
+        assert failover is not None
+        self._at(at_router_s, lambda event: failover.trial_answered(request))
 
     def _submit(self, request: Request, replica: Replica) -> None:
         if request.prompt_tokens + request.output_tokens > replica.expert.engine.max_model_len:
@@ -254,6 +287,11 @@ class Simulation:
 
     def _on_refused(self, event: Event) -> None:
         request: Any = event.value
+        request.failure = Failure(TOO_LONG)
+        self._end([request], FAILED)
+
+    def _fail(self, request: Request) -> None:
+        request.last_token_s = self._env.now + self._user_network_s
         self._end([request], FAILED)
 
     def _deliver(self, finished: list[Request], leaves_router_s: float) -> None:
@@ -267,10 +305,13 @@ class Simulation:
         now_s = self._env.now
         self.counted.in_system.change(now_s, -len(requests))
         for request in requests:
-            assert request.replica is not None
-            request.replica.outstanding -= 1
+            if request.replica is not None:
+                request.replica.outstanding -= 1
             del self._active[request.request_id]
             self._recorder.add(request, status)
+        if self._failover is not None:
+            for request in requests:
+                self._failover.ended(request, status)
         self._latest_s = requests[-1].last_token_s
         before = self.counted.ended
         ended = self.counted.ended = before + len(requests)
@@ -317,6 +358,9 @@ class Simulation:
         for name, column in requests.items():
             if name.endswith("_s"):
                 column[in_flight & (column > end_s)] = nan  # known to the simulator, but not yet happened
+        requests["http_status"][in_flight & np.isnan(requests["first_token_s"])] = 0
+        if self._failover is not None:
+            notes.append(self._fates(requests))
         start_user_s = 0.0
         if self._window.start_s:
             start_user_s = max(self._window.start_s + self._user_network_s, self._latest_at_start_s)
@@ -357,16 +401,24 @@ class Simulation:
             checks=checks,
         )
 
+    def _fates(self, requests: dict[str, NDArray[Any]]) -> str:
+        """Say what became of requests as replicas died."""
+        assert self._failover is not None
+        failed = Counter(requests["http_status"][requests["status"] == FAILED].tolist())
+        again = f"{self._failover.second_tries:,} tried once more on another replica"
+        return f"outages: {failures_text(failed)}; {again}"
+
     def _router_stats(self, end_s: float) -> RouterStats | None:
         spec = self._plan.fleet.router
         if self.router is None or spec is None:
             return None
+        second_tries = 0 if self._failover is None else self._failover.second_tries
         window_s = end_s - self._window.start_s
         if not window_s:
-            return RouterStats(utilization=nan, requests=nan)
+            return RouterStats(utilization=nan, requests=nan, second_tries=second_tries)
         busy_s = self.router.busy_until(end_s) - self._router_busy_at_start_s
         in_router = (self.counted.at_router.area_until(end_s) - self._router_area_at_start_s) / window_s
-        return RouterStats(utilization=busy_s / window_s / spec.workers, requests=in_router)
+        return RouterStats(utilization=busy_s / window_s / spec.workers, requests=in_router, second_tries=second_tries)
 
 
 def _service_factors(spec: RouterSpec, seed: int) -> Callable[[], float]:

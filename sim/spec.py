@@ -184,6 +184,20 @@ class RouterSpec(Spec):
     )
 
 
+class OutageSpec(Spec):
+    """One replica's process is killed; answers under way break off, and it comes back with an empty KV cache.
+
+    What becomes of requests is up to the router, as ``serve.health`` and ``serve.limits.retry_share`` say.
+    """
+
+    expert: str
+    replica: Annotated[int, Field(ge=0, description="counted from 0")] = 0
+    at_s: Seconds = Field(description="after the run's beginning, warm-up included")
+    for_s: PositiveSeconds | None = Field(
+        None, description="until it answers again (a real one takes as long as it takes); none: it stays down"
+    )
+
+
 class FleetSpec(Spec):
     """Experts, and the router in front of them. Without a router users talk to the one expert directly."""
 
@@ -193,6 +207,7 @@ class FleetSpec(Spec):
     class_map: dict[str, list[str]] | None = Field(
         None, description="class -> experts, the first preferred, the others its fallbacks; none: by equal names"
     )
+    outages: list[OutageSpec] = Field(default=[], description="replicas that die during a run")
 
     @field_validator("experts")
     @classmethod

@@ -29,6 +29,12 @@ class FrontEndStation:
         """Return the seconds it has worked so far."""
         return self._accepted_s - max(0.0, self._backlog_s - max(0.0, now_s - self._as_of_s))
 
+    def lose_all(self, now_s: float) -> None:
+        """Forget the work that is not done, as a process does when it is killed."""
+        self._accepted_s = self.busy_until(now_s)
+        self._backlog_s = 0.0
+        self._as_of_s = now_s
+
     def take_request(self, now_s: float, work_s: float) -> float:
         """Queue one request's work; return when it is taken up."""
         wait_s = max(0.0, self._backlog_s - (now_s - self._as_of_s))

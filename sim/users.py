@@ -6,6 +6,9 @@ from itertools import count
 from sim.request import Request
 from sim.traffic import ClosedLoopTraffic, OpenTraffic, TraceTraffic
 
+PAUSE_AFTER_FAILURE_S = 1.0
+"""A user whose request failed waits at least this long, or as long as the server asks for, before the next one."""
+
 
 class ClosedLoopUsers:
     """Users 0 .. n - 1, each at the next of its requests."""

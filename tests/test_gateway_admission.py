@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from real.gateway.admission import Admission
 from real.gateway.config import share_of
 from real.gateway.error_events import Refusal
-from real.gateway.replica_health import LONGEST_WAIT_S
-from real.gateway.replicas import Place, Routing, Wish
+from real.gateway.replicas import Place, Routing
+from sim.replica_health import LONGEST_WAIT_S
+from sim.usable_replicas import Wish
 from tests.kit.processes import CLASSES, config_for
 
 URLS = ["http://127.0.0.1:1", "http://127.0.0.1:2"]

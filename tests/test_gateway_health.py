@@ -4,7 +4,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from real.gateway.replica_health import ReplicaHealth, State
+from sim.replica_health import ReplicaHealth, State
 from sim.serve_spec import HealthSpec
 from tests.kit.client import Client
 from tests.kit.processes import until

@@ -26,6 +26,7 @@ from sim.outputs import result_json, write_result
 from sim.report import report
 from sim.result import Result
 from sim.run import simulate
+from sim.users import PAUSE_AFTER_FAILURE_S
 from tests.real_fleet import ROOT, cli, fleet_file, fleet_text, token_server, write_checkpoint, write_corpus
 
 CLOSED = "{kind: closed_loop, users: 4, think_time_s: {distribution: exponential, mean: 0.02}}"
@@ -272,7 +273,7 @@ def test_a_user_whose_request_failed_waits_as_long_as_the_server_asks() -> None:
     exchange = Exchange(lambda ended: None)
     assert real.users.load_run._pause_s(exchange) == 0
     exchange.failure = "HTTP 429"
-    assert real.users.load_run._pause_s(exchange) == real.users.load_run.PAUSE_AFTER_FAILURE_S
+    assert real.users.load_run._pause_s(exchange) == PAUSE_AFTER_FAILURE_S
     exchange.headers["retry-after"] = "3"
     assert real.users.load_run._pause_s(exchange) == 3
 

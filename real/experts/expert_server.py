@@ -308,6 +308,10 @@ class ExpertServer:
         """Ask it to end, without waiting."""
         self._process.terminate()
 
+    def kill(self) -> None:
+        """Let it die, as in an outage (SIGKILL), without waiting."""
+        self._process.kill()
+
     def stop(self, grace_s: float = STOP_GRACE_S) -> None:
         """End it and everything it started."""
         self._process.stop(grace_s)

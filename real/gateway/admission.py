@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from real.gateway.error_events import Refusal
-from real.gateway.replicas import Place, Replica, Routing, Wish
+from real.gateway.replicas import Place, Replica, Routing
+from sim.usable_replicas import Wish
 
 _RATE_MEMORY_S = 10.0
 _LONGEST_RETRY_AFTER_S = 60.0

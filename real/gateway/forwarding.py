@@ -15,12 +15,13 @@ from real.gateway.error_events import Refusal
 from real.gateway.exchange import Exchange, UpstreamError
 from real.gateway.ledger import Ledger
 from real.gateway.metrics import GatewayMetrics, Outcome
-from real.gateway.replicas import Place, Replica, Routing, Wish
+from real.gateway.replicas import Place, Replica, Routing
 from real.gateway.request_parser import Request
 from real.gateway.turns import Turns
 from real.gateway.upstream import Upstream
 from real.gateway.wishes import CLASS_HEADER, Wishes
 from sim.spec import ALL_EXPERTS
+from sim.usable_replicas import Wish
 
 _CLASS_HEADER: Final = CLASS_HEADER.encode()
 _PASSED_ON: Final = (b"accept", b"traceparent", b"tracestate")

@@ -8,7 +8,8 @@ from real.gateway.completion_request import CompletionRequest
 from real.gateway.config import GatewayConfig
 from real.gateway.error_events import Refusal
 from real.gateway.metrics import Outcome
-from real.gateway.replicas import Routing, Wish
+from real.gateway.replicas import Routing
+from sim.usable_replicas import Wish
 
 CLASS_HEADER: Final = "x-expert-router-class"
 

@@ -122,6 +122,11 @@ class GuardedProcess:
         if self._process is not None and self.is_running:
             self._process.terminate()
 
+    def kill(self) -> None:
+        """Let the command die, with all it started and its guard (SIGKILL), without waiting."""
+        if self._process is not None and self.is_running:
+            os.killpg(self._process.pid, signal.SIGKILL)
+
     def stop(self, grace_s: float) -> None:
         """End the command: asked first, killed with all it started when it takes longer than ``grace_s``."""
         if self._process is None:

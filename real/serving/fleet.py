@@ -164,6 +164,10 @@ class RunningFleet:
         """End everything at once."""
         self._life.close()
 
+    def kill_replica(self, expert: str, replica: int) -> None:
+        """Let one replica die, as in an outage; the supervisor starts it again."""
+        next(each for each in self.servers if (each.plan.expert, each.plan.replica) == (expert, replica)).kill()
+
     def _check_gateway(self) -> None:
         """Find now what the gateway would find wrong when the engines have been started for it."""
         try:

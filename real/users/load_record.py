@@ -168,6 +168,7 @@ def _columns(plan: RunPlan, sent: Sequence[Sent], began_s: float) -> dict[str, N
             "first_token_s": exchange.first_token_s - began_s,
             "last_token_s": (exchange.last_token_s if completed else exchange.ended_s) - began_s,
             "status": COMPLETED if completed else FAILED if ended else IN_FLIGHT,
+            "http_status": exchange.status,
         }
 
     rows = [row(each) for each in sent]

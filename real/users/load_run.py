@@ -20,15 +20,15 @@ from real.users.prepared_requests import (
 )
 from real.users.prompts import PromptWriter
 from real.users.target import Target
+from sim.fleet import Outage
 from sim.measuring import Window, rare_garbage_collection, replication_seed
 from sim.records import RunRecord
 from sim.self_checks import Counted
 from sim.simulation import RunPlan
 from sim.spec import ClosedLoop, OpenLoop
 from sim.traffic import ClosedLoopTraffic, OpenTraffic, TraceTraffic
+from sim.users import PAUSE_AFTER_FAILURE_S
 
-PAUSE_AFTER_FAILURE_S = 1.0
-"""A user whose request failed waits at least this long, or as long as the server asks for, before the next one."""
 LONGEST_PAUSE_S = 30.0
 HOPELESS = 20  # requests of which none completed, at which a run is given up
 PROGRESS_S = 0.25
@@ -118,6 +118,8 @@ class LoadRun:
                     self._at(self._window.opens_at_s, lambda: self._open_window(self._now_s()))
                 if self._plan.run.duration_s is not None:
                     self._at(self._plan.run.duration_s, self._done.set)
+                for outage in self._plan.fleet.outages:
+                    self._at(outage.at_s, partial(self._kill, outage))
                 self._tell_progress()
                 self._start_load()
                 if self._interrupted:
@@ -238,6 +240,11 @@ class LoadRun:
 
         handle = self._loop.call_later(max(0.0, time_s - self._now_s()), fire)
         self._timers.add(handle)
+
+    def _kill(self, outage: Outage) -> None:
+        expert = self._plan.fleet.experts[outage.expert_index].name
+        if self._target.kill is not None and not self._done.is_set():
+            self._target.kill(expert, outage.replica_index, outage.for_s)
 
     def _open_window(self, now_s: float) -> None:
         self._window.open(now_s)

@@ -14,7 +14,7 @@ import uvloop
 
 from real.users.load_run import LoadRun
 from real.users.prompts import PromptWriter, load_tokenizer, read_corpus, texts_of_classes
-from real.users.target import Target, engines_of, fleet_target
+from real.users.target import Kill, Target, engines_of, fleet_target, wait_until_up
 from sim.feasibility import check_feasible
 from sim.fleet import Fleet
 from sim.mistakes import did_you_mean
@@ -42,6 +42,7 @@ def run(
     logs: Path = Path("logs"),
     tell: Callable[[str], None] | None = None,
     progress: Progress | None = None,
+    kill: Kill | None = None,
 ) -> Result:
     """Load real fleets of a file at every load, one run after the other, and return the records and figures.
 
@@ -63,6 +64,7 @@ def run(
         logs: folder for the logs of a fleet that is started here, or of the one that runs at ``url``.
         tell: told in one line what happens while a fleet starts.
         progress: told how far it is.
+        kill: with ``url``: makes the outages of the fleet there; a fleet that is started here is killed by this.
 
     Raises:
         FleetFileError: the file describes something that cannot work.
@@ -80,7 +82,7 @@ def run(
     session = _Session(file, data, texts, progress)
     try:
         for name in names:
-            with fleet_target(file, name, url, replica_urls, logs, tell) as target:
+            with fleet_target(file, name, url, replica_urls, logs, tell, kill) as target:
                 session.run_fleet(name, target)
             if session.interrupted:
                 break
@@ -178,6 +180,8 @@ class _Session:
                 number = len(self._runs)
                 if self._current is not None:
                     await self._current.drain()
+                    if plan.fleet.outages:
+                        await asyncio.to_thread(wait_until_up, plan.fleet, target)
                 if self.interrupted:
                     break
                 self._current = LoadRun(

@@ -4,10 +4,12 @@ import os
 import resource
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from time import monotonic, sleep
 from urllib.parse import urlsplit
 
+from real.experts.expert_server import START_LIMIT_S
 from real.serving.fleet import read_state, serving
 from real.users.engine_metrics import ReplicaUrl, ask_json, engine_version
 from real.users.load_client import Patience, patience
@@ -17,8 +19,13 @@ from sim.run import loads
 from sim.spec import ClosedLoop, FleetFile
 
 OPEN_FILES_SPARE = 256
+_POLL_S = 0.2
 MAX_CONNECTIONS = 28_000
 """Ports that one address has for outgoing connections, as Linux comes."""
+
+
+Kill = Callable[[str, int, float], None]
+"""Lets a replica die: expert, replica, and for how many seconds, infinite for good; returns at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +36,7 @@ class Target:
         url: of a gateway, or of the one expert of a fleet without a router.
         model: name to ask for.
         replicas: whose engines can be asked for their figures; may be none.
+        kill: makes the fleet's outages; None where nobody can.
         max_in_flight: connections this process can have.
     """
 
@@ -37,6 +45,7 @@ class Target:
     patience: Patience
     replicas: tuple[ReplicaUrl, ...] = ()
     api_key: str | None = None
+    kill: Kill | None = None
     max_in_flight: int = 10_000
 
 
@@ -48,15 +57,26 @@ def fleet_target(
     replica_urls: Mapping[str, Sequence[str]] | None,
     logs: Path,
     tell: Callable[[str], None] | None,
+    kill: Kill | None = None,
 ) -> Iterator[Target]:
-    """Yield where to send: the given address, or a fleet that is started for this and stopped afterwards."""
+    """Yield where to send: the given address, or a fleet that is started for this and stopped afterwards.
+
+    Raises:
+        ValueError: nothing answers at the address, or nobody can make the outages of the fleet there.
+    """
     if url is not None:
-        yield _target(file, name, url, _noted_replicas(name, url, logs) if replica_urls is None else replica_urls)
+        if file.fleets[name].outages and kill is None:
+            raise ValueError(
+                f"--url {url}: fleets.{name}.outages can be made only in a fleet that is started here; leave --url out"
+            )
+        known = _noted_replicas(name, url, logs) if replica_urls is None else replica_urls
+        yield replace(_target(file, name, url, known), kill=kill)
         return
     with serving(file, name, logs=logs, tell=tell) as served:
-        yield _target(
-            file, name, served.url, _by_expert((each.expert, each.replica, each.url) for each in served.replicas)
-        )
+        known = _by_expert((each.expert, each.replica, each.url) for each in served.replicas)
+        # How long it stays down is up to the supervisor and the engine.
+        made = replace(_target(file, name, served.url, known), kill=lambda e, r, for_s: served.kill_replica(e, r))
+        yield made
 
 
 def _noted_replicas(name: str, url: str, logs: Path) -> dict[str, list[str]]:
@@ -115,6 +135,20 @@ def _model_name(url: str, key: str | None, fleet: str, experts: Sequence[str], *
         ) from None
     wanted = [each for each in ("expert-router", fleet) if each not in experts] if routed else experts[:1]
     return next((each for each in wanted if each in served), served[0] if served else wanted[0])
+
+
+def wait_until_up(fleet: Fleet, target: Target, within_s: float = START_LIMIT_S) -> bool:
+    """Wait until the gateway would use every replica of the fleet; return whether that came about."""
+    wanted = {expert.name: expert.replicas for expert in fleet.experts}
+    deadline_s = monotonic() + within_s
+    while monotonic() < deadline_s:
+        try:
+            if ask_json(target.url.rstrip("/") + "/ready", target.api_key)["usable_replicas"] == wanted:
+                return True
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # it says 503 while nobody is up
+        sleep(_POLL_S)
+    return False
 
 
 def engines_of(fleet: Fleet, target: Target) -> dict[str, str]:

@@ -29,6 +29,8 @@ from sim.spec import ExpertSpec
 from tests.kit.mock_expert import Behaviour, Connection, MockExpert, StreamedAnswer
 from tests.kit.precise_timer import PreciseTimer
 
+_LOOK_S = 0.02
+
 EngineTimes = tuple[float, float, float, float]
 """Monotonic seconds at which a request arrived at its engine, was scheduled, had its first token, and its last."""
 
@@ -162,13 +164,20 @@ class EngineConnection(Connection):
             super().on_message_complete()
 
 
-async def serve(port: int, name: str, spec: ExpertSpec, time_factor: float, log: Path | None) -> None:
+async def serve(
+    port: int, name: str, spec: ExpertSpec, time_factor: float, log: Path | None, order: Path | None
+) -> None:
     """Listen until the process ends."""
     expert = resolve_expert(name, spec)
     curve = expert.curve if time_factor == 1 else ScaledCurve(expert.curve, time_factor)
     tokenizer = load_tokenizer(spec)
     mock = MockExpert(name, RealTimeEngine(expert, curve, log), Behaviour(late_head=True), None)
     mock.count = lambda text: len(tokenizer.encode(text).ids)
+    if order is not None:
+        print("loaded", flush=True)
+        while not order.exists():
+            await asyncio.sleep(_LOOK_S)
+        await asyncio.sleep(max(0.0, float(order.read_text()) - monotonic()))
     listener = Listener("127.0.0.1", port, lambda: EngineConnection(mock))
     print("ready", flush=True)
     await asyncio.Event().wait()
@@ -189,11 +198,12 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--time-factor", type=float, default=1.0, help="on every iteration's time")
     parser.add_argument("--log", type=Path, help="gets a JSON line a request, [id, times], see read_log")
+    parser.add_argument("--order", type=Path, help="listen only when this file is there, at its time.monotonic()")
     arguments = parser.parse_args()
     fleet = next(iter(load_fleet(arguments.file).fleets.values()))
     sys.setswitchinterval(0.01)
     spec = fleet.experts[arguments.expert]
-    uvloop.run(serve(arguments.port, arguments.expert, spec, arguments.time_factor, arguments.log))
+    uvloop.run(serve(arguments.port, arguments.expert, spec, arguments.time_factor, arguments.log, arguments.order))
 
 
 if __name__ == "__main__":

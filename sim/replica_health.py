@@ -5,7 +5,8 @@ answers come in a row. Out -> on trial, after a wait and good checks in a row: o
 byte brings the replica back, its failure doubles the wait. A 4xx is the client's mistake and never counts.
 
 What a request tells is told with the epoch in which it was sent, and counts only while that lasts: an answer that began
-before the replica went out says nothing about what came back. The clock is the caller's, so that nothing here waits.
+before the replica went out says nothing about what came back. The clock is the caller's, so that nothing here waits:
+the gateway's, or the simulator's.
 """
 
 import math
