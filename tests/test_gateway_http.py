@@ -1,4 +1,5 @@
 import contextlib
+import json
 from pathlib import Path
 
 import pytest
@@ -185,16 +186,32 @@ def test_bodies_end_where_their_heads_say() -> None:
         body_of(200, [(b"transfer-encoding", b"gzip")])
 
 
-@given(st.lists(st.binary(max_size=5000), min_size=1, max_size=3), st.sampled_from([b"%x", b"%X", b"0%x", b" %x"]))
-@settings(max_examples=300, deadline=None)
-def test_only_a_chunk_framed_as_ours_goes_on_as_it_is(contents: list[bytes], size: bytes) -> None:
-    for content in (*contents, *(each + b"\n\n" for each in contents)):
+CONTENTS = st.one_of(
+    st.binary(max_size=5000),
+    st.binary(max_size=300).map(lambda data: data + b"\n\n"),
+    st.text(max_size=300).map(lambda text: b"data: %b\n\n" % json.dumps({"id": text}).encode()),
+    st.sampled_from([b'data: {"error": {}}\n\n', b"data: [DONE]\n\n", b": ping\n\n", b"event: a\ndata: {}\n\n", b"\n"]),
+    st.just(b'data: {"a": 1}\n\ndata: {"error": 2}\n\n'),
+)
+
+
+@given(st.lists(CONTENTS, min_size=1, max_size=6), st.sampled_from([b"%x", b"%x", b"%X", b"0%x", b" %x"]))
+@settings(max_examples=500, deadline=None)
+def test_only_a_tokens_chunk_goes_on_as_it_is_and_all_is_noted_the_same(contents: list[bytes], size: bytes) -> None:
+    quick, slow = EventStream(), EventStream()
+    for content in contents:
+        slow.whole(content)
         for wire in (size % len(content) + b"\r\n" + content + b"\r\n", content):
-            ours = b"%x\r\n%b\r\n" % (len(content), content) == wire and content.endswith(b"\n\n")
-            assert EventStream().is_chunk(wire) is ours or not ours
-            if EventStream().is_chunk(wire):
+            if EventStream().is_token(wire):
+                assert wire == b"%x\r\n%b\r\n" % (len(content), content)
                 body = ChunkedBody()
-                assert body.feed(wire).endswith(b"\n\n")
+                assert body.feed(wire) == content
                 assert (body.between, body.done) == (True, False)
-    whole = b"data: a\n\n"
-    assert EventStream().is_chunk(b"%x\r\n%b\r\n" % (len(whole), whole))
+                assert content.startswith(b'data: {"')
+                assert content.endswith(b"\n\n")
+        wire = b"%x\r\n%b\r\n" % (len(content), content)
+        if not (quick.is_between and quick.is_token(wire)):
+            quick.whole(content)
+        assert (quick.chunks, quick.is_done, quick.is_error) == (slow.chunks, slow.is_done, slow.is_error)
+    token = b'data: {"id": 1}\n\n'
+    assert EventStream().is_token(b"%x\r\n%b\r\n" % (len(token), token))

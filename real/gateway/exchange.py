@@ -103,7 +103,7 @@ class Exchange:
 
     def receive(self, data: bytes) -> None:
         """Take bytes of the answer."""
-        if self._events is not None and self._events.is_chunk(data):
+        if self._events is not None and self._events.is_token(data):
             client = self._client
             assert client is not None
             self._replica.heard_s = self._heard_s = self._loop.time()
