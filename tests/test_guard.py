@@ -76,6 +76,18 @@ def test_a_guard_killed_leaves_nothing_of_its_group_behind(tmp_path: Path, life:
         os.kill(family[2], signal.SIGKILL)  # in a session of its own, and the one who would have found it is gone
 
 
+def test_an_outage_kills_the_command_and_its_family_and_it_can_start_again(tmp_path: Path, life: LifeLine) -> None:
+    process = started(tmp_path, life)
+    pids = family_of(process)
+    process.kill()
+    assert becomes_true(lambda: process.exit_status is not None, 10)
+    assert process.exit_status == 128 + signal.SIGKILL
+    assert all_gone(pids)
+    process.start()
+    assert family_of(process) != pids
+    process.stop(0)
+
+
 def test_when_the_life_line_closes_everything_ends(tmp_path: Path, life: LifeLine) -> None:
     process = started(tmp_path, life)
     family = family_of(process)

@@ -21,11 +21,12 @@ from real.users.engine_metrics import EngineMetrics, ReplicaUrl, parse_metrics
 from real.users.exchange import Exchange
 from real.users.run import run
 from sim.cli import main
-from sim.fleet_file import parse_fleet
+from sim.fleet_file import LoadedFleetFile, parse_fleet
 from sim.outputs import result_json, write_result
 from sim.report import report
 from sim.result import Result
 from sim.run import simulate
+from sim.spec import OutageSpec
 from sim.users import PAUSE_AFTER_FAILURE_S
 from tests.real_fleet import ROOT, cli, fleet_file, fleet_text, token_server, write_checkpoint, write_corpus
 
@@ -276,6 +277,35 @@ def test_a_user_whose_request_failed_waits_as_long_as_the_server_asks() -> None:
     assert real.users.load_run._pause_s(exchange) == PAUSE_AFTER_FAILURE_S
     exchange.headers["retry-after"] = "3"
     assert real.users.load_run._pause_s(exchange) == 3
+
+
+def with_outage(file: LoadedFleetFile) -> LoadedFleetFile:
+    outage = OutageSpec(expert="one", at_s=0.3, for_s=5.0)
+    fleets = {name: fleet.model_copy(update={"outages": [outage]}) for name, fleet in file.fleets.items()}
+    return file.model_copy(update={"fleets": fleets})
+
+
+def test_outages_are_made_when_it_is_time(folder: Path) -> None:
+    file = with_outage(fleet_file(folder / "checkpoint", CLOSED, run="{duration_s: 1}", router="{policy: class}"))
+    killed: list[tuple[Any, ...]] = []
+    began_s = time.monotonic()
+    with token_server(model="alone", routed=True) as url:
+        result = run(
+            file,
+            url=url,
+            corpus=folder / "prompts.jsonl",
+            replications=1,
+            kill=lambda *which: killed.append((*which, time.monotonic())),
+        )
+    ((expert, replica, for_s, killed_s),) = killed
+    assert (expert, replica, for_s) == ("one", 0, 5.0)
+    assert killed_s >= result.runs[0].began_monotonic_s + 0.299 > began_s
+
+
+def test_outages_of_a_fleet_that_runs_elsewhere_are_refused(folder: Path, server: str) -> None:
+    file = with_outage(fleet_file(folder / "checkpoint", CLOSED, router="{policy: class}"))
+    with pytest.raises(ValueError, match="outages can be made only in a fleet that is started here; leave --url out"):
+        run(file, url=server, corpus=folder / "prompts.jsonl")
 
 
 def test_interrupting_keeps_what_was_measured(folder: Path, server: str, tmp_path: Path) -> None:
