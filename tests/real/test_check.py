@@ -37,7 +37,7 @@ SETTINGS = ("run.duration_s=40", "run.warm_up_s=6", "check.repeats=1")
 MINUTES = 1
 EXPERTS = ("code", "chat")
 SAME_PACE = 0.15
-"""By what share an engine's iterations may be slower or faster than when they were measured, on a machine left alone."""
+"""By what share engines may be slower or faster than when they were measured, on a machine that is left alone."""
 
 
 @pytest.fixture(scope="module")
