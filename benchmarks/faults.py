@@ -84,6 +84,8 @@ async def deaths(folder: Path, findings: Findings, arguments: argparse.Namespace
         "503 and Retry-After in 50 ms",
         ok=refused and first["took_s"] <= 0.05,
     )
+    told_before = f"{death.inside_s * 1e3:.0f} ms, in which {death.told_before} streams were told"
+    findings.say("G2 of that, from its arrival in the gateway", told_before)
     findings.say(f"G2 slowest of {len(death.asked)} such requests in the first second", f"{slowest_ms:.0f} ms")
 
 

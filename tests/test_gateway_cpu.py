@@ -6,7 +6,7 @@ from tests.kit.processes import Splice, cpu_s, running
 from tests.kit.scene import scene
 
 STREAMS, CHUNKS, ITL_S = 100, 100, 0.01
-RATIO = 1.5
+RATIO = 1.3
 """CPU of the gateway per chunk, over that of a bare splice of the same streams at the same time."""
 
 

@@ -11,7 +11,7 @@ async def flood(count: int, *, turn_s: float = 0.0, leaving: int = 0) -> tuple[l
     turns, order, in_turn = Turns(), [], [0]
 
     async def one(index: int) -> None:
-        await turns.mine()
+        await turns.mine(first=False)
         order.append(index)
         in_turn[-1] += 1
 
@@ -30,7 +30,7 @@ def test_who_comes_alone_does_not_wait() -> None:
     async def story() -> None:
         turns = Turns()
         for _ in range(3):
-            alone = asyncio.create_task(turns.mine())
+            alone = asyncio.create_task(turns.mine(first=False))
             await asyncio.sleep(0)
             assert alone.done()
             await asyncio.sleep(0.01)
@@ -56,3 +56,20 @@ def test_where_turns_are_long_more_go_on_so_that_all_are_told_in_time() -> None:
     order, in_turn = asyncio.run(flood(300, turn_s=turn_s))
     assert order == list(range(300))
     assert len(in_turn) <= SPREAD_S / turn_s + 4
+
+
+def test_who_has_got_nothing_yet_goes_before_those_whose_answers_have_ended() -> None:
+    async def story() -> list[str]:
+        turns, order = Turns(), []
+
+        async def one(name: str, *, first: bool) -> None:
+            await turns.mine(first=first)
+            order.append(name)
+
+        tasks = [asyncio.create_task(one("broken", first=False)) for _ in range(100)]
+        await asyncio.sleep(0)
+        tasks.append(asyncio.create_task(one("next", first=True)))
+        await asyncio.gather(*tasks)
+        return order
+
+    assert asyncio.run(story()).index("next") <= 3 * AT_LEAST

@@ -75,8 +75,8 @@ def test_g11_those_who_hardly_send_are_closed_and_hold_nobody_up(tmp_path: Path)
             files = open_files(worker)
 
             async def loris(index: int) -> float:
-                reader, writer = await asyncio.open_connection("127.0.0.1", fleet.gateway.port)
                 began_s = loop.time()
+                reader, writer = await asyncio.open_connection("127.0.0.1", fleet.gateway.port)
                 if index % 2:
                     writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n")
                 else:
@@ -114,7 +114,7 @@ def test_g11_those_who_hardly_send_are_closed_and_hold_nobody_up(tmp_path: Path)
             lorises = [asyncio.create_task(loris(index)) for index in range(500)]
             beside = await users(2.5)
             closed_s = await asyncio.gather(*lorises)
-            assert 1.5 < min(closed_s) <= max(closed_s) < 4, sorted(closed_s)[:: len(closed_s) // 10]
+            assert 1.9 < min(closed_s) <= max(closed_s) < 3, sorted(closed_s)[:: len(closed_s) // 10]
             p99_ms = [float(np.percentile(ttfts_s, 99)) * 1e3 for ttfts_s in (alone, beside)]
             print(f"G11: 500 closed after {min(closed_s):.2f} to {max(closed_s):.2f} s (limit 2 s)")
             print(f"G11: TTFT p99 of 50 users {p99_ms[0]:.1f} ms alone, {p99_ms[1]:.1f} ms beside them")

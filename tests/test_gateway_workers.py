@@ -23,6 +23,7 @@ def test_cap_and_queue_of_all_workers_hold_for_their_sum(tmp_path: Path, workers
         async def story(client: Client) -> None:
             requests = [asyncio.create_task(client.complete("code")) for _ in range(everyone)]
             await until(lambda: sum(request.done() for request in requests) == everyone - cap - bound)
+            await until(lambda: fleet.experts["code"][0].state()["running"] == cap)  # the last may be on their way
             assert fleet.experts["code"][0].state()["running_max"] == cap
             assert fleet.gateway.total("inflight") == cap
             assert fleet.gateway.total("queue_depth") == bound

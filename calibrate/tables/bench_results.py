@@ -1,9 +1,9 @@
 """Result files of load generators as measured runs: ``vllm bench serve``, GuideLLM and AIPerf.
 
-``vllm bench serve --save-detailed`` (vLLM 0.33) is read by the keys of ``vllm/benchmarks/serve.py``; tests read files
-that ``expert-router simulate --format vllm`` writes with the same keys. GuideLLM's ``benchmarks.json`` and AIPerf's
-``profile_export.jsonl`` are read by their documentation (GuideLLM at ee7a774, AIPerf of October 2025) and have not been
-tried on files of those programs.
+``vllm bench serve --save-detailed`` is read by the keys of ``vllm/benchmarks/serve.py`` (vLLM 0.33); tests read files
+of vLLM 0.32, and what ``expert-router simulate --format vllm`` writes with the same keys. GuideLLM's
+``benchmarks.json`` and AIPerf's ``profile_export.jsonl`` are read by their documentation (GuideLLM at ee7a774, AIPerf
+of October 2025) and have not been tried on files of those programs.
 
 A result says what was sent and how long it took, not what served it: the caller gives the engine.
 """

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from real.gateway.bind import check_bind
 from real.gateway.config import GatewayConfig
-from real.gateway.metrics import MetricsFolder
+from real.gateway.metrics_page import MetricsPage
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
 _STEADY_S = 10.0
@@ -28,7 +28,7 @@ _KILL_AFTER_S = 5.0
 class Gateway:
     """The parent of the workers."""
 
-    def __init__(self, config: GatewayConfig, metrics: MetricsFolder) -> None:
+    def __init__(self, config: GatewayConfig, metrics: MetricsPage) -> None:
         self._config = config
         self._metrics = metrics
         self._text = config.model_dump_json().encode()
@@ -121,7 +121,7 @@ def main() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:  # two descriptors a request; workers inherit it
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    metrics = MetricsFolder()
+    metrics = MetricsPage()
     try:
         config = GatewayConfig.model_validate_json(Path(sys.argv[1]).read_bytes())
         check_bind(config)

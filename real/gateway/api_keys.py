@@ -5,19 +5,19 @@ import os
 from collections.abc import Iterable
 from hmac import compare_digest
 
-_BEARER = "bearer "
+_BEARER = b"bearer "
 
 
 class ApiKeys:
     """The keys a gateway accepts; with none, it accepts everyone."""
 
     def __init__(self, keys: Iterable[str] = ()) -> None:
-        self._digests = tuple(_digest(key) for key in keys if key)
+        self._digests = tuple(_digest(key.encode("utf-8", "surrogateescape")) for key in keys if key)
 
     def __bool__(self) -> bool:
         return bool(self._digests)
 
-    def accept(self, authorization: str | None) -> bool:
+    def accept(self, authorization: bytes | None) -> bool:
         """Whether an Authorization header carries one of the keys; always when there are none."""
         if not self._digests:
             return True
@@ -44,5 +44,5 @@ def keys_from_environment(variable: str | None) -> ApiKeys:
     return keys
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()

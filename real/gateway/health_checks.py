@@ -3,8 +3,9 @@
 import asyncio
 from collections.abc import Callable
 
+from real.gateway.exchange import UpstreamError
 from real.gateway.replicas import Replica
-from real.gateway.upstream import Upstream, UpstreamError
+from real.gateway.upstream import Upstream
 from sim.replica_health import State
 from sim.serve_spec import HealthSpec
 

@@ -1,47 +1,52 @@
-"""The gateway's Prometheus metrics, added up over its workers: each writes files of its own, one reader sums them."""
+"""What a worker counts: requests by what became of them, times, and what is under way."""
 
 import os
-import shutil
-import tempfile
+from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Final, Literal
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
-from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from real.gateway.figures import FiguresFile
 
-_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+FOLDER_VARIABLE: Final = "EXPERT_ROUTER_METRICS_FOLDER"
 _SHORT_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _LONG_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 600, 1800)
 
 
-class MetricsFolder:
-    """Where the workers of one gateway leave their figures, and the port that shows them."""
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One metric.
 
-    def __init__(self) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix="expert-router-metrics-"))
+    Attributes:
+        kind: ``counter``, ``histogram``, or ``gauge``, which is of living workers only.
+        text: what it counts.
+        labels: names of its labels.
+        bounds: of a histogram's buckets.
+    """
 
-    def serve(self, host: str, port: int) -> None:
-        """Show the sums at ``/metrics``, from a thread.
+    kind: Literal["counter", "gauge", "histogram"]
+    text: str
+    labels: tuple[str, ...] = ()
+    bounds: tuple[float, ...] = ()
 
-        Raises:
-            OSError: the port is taken.
-        """
-        registry = CollectorRegistry()
-        MultiProcessCollector(registry, path=str(self.path))  # type: ignore[no-untyped-call]
-        start_http_server(port, host, registry)
 
-    def environment(self) -> dict[str, str]:
-        """Return what a worker must find in its environment."""
-        return {_FOLDER: str(self.path)}
-
-    def forget(self, pid: int) -> None:
-        """Take what a dead worker had under way out of the gauges; its counts stay."""
-        mark_process_dead(pid, str(self.path))  # type: ignore[no-untyped-call]
-
-    def remove(self) -> None:
-        """Delete the files."""
-        shutil.rmtree(self.path, ignore_errors=True)
+METRICS: Final = {
+    "requests_received": Metric("counter", "completion requests whose headers have arrived"),
+    "requests": Metric("counter", "completion requests that have ended", ("expert", "class", "outcome")),
+    "open_requests": Metric("gauge", "received and not ended"),
+    "inflight": Metric("gauge", "at a replica", ("expert", "replica")),
+    "replica_up": Metric("gauge", "workers that would send it requests", ("expert", "replica")),
+    "queue_depth": Metric("gauge", "waiting for a place", ("expert",)),
+    "classify_seconds": Metric("histogram", "time of the classifier", (), _SHORT_S),
+    "queue_seconds": Metric("histogram", "wait for a place", (), _SHORT_S),
+    "ttft_seconds": Metric("histogram", "arrival to first byte", ("expert",), _LONG_S),
+    "e2e_seconds": Metric("histogram", "arrival to end, completed", ("expert",), _LONG_S),
+    "retries": Metric("counter", "second tries on another replica"),
+    "ejections": Metric("counter", "replicas taken out of rotation", ("expert", "replica")),
+    "client_disconnects": Metric("counter", "clients that left before their answer's end"),
+    "chunks": Metric("counter", "streamed events passed on, counted at an answer's end", ("expert",)),
+}
+"""By name, without ``expert_router_`` before it."""
 
 
 @dataclass(slots=True)
@@ -69,74 +74,68 @@ class Outcome:
 
 
 class GatewayMetrics:
-    """The figures of one worker."""
+    """The figures of one worker, in a file of its own."""
 
     def __init__(self) -> None:
-        assert _FOLDER in os.environ
-        name = "expert_router"
-        self._received = Counter(f"{name}_requests_received", "completion requests whose headers have arrived")
-        self._requests = Counter(
-            f"{name}_requests", "completion requests that have ended", ("expert", "class", "outcome")
-        )
-        self._open = Gauge(f"{name}_open_requests", "received and not ended", multiprocess_mode="livesum")
-        self._in_flight = Gauge(f"{name}_inflight", "at a replica", ("expert", "replica"), multiprocess_mode="livesum")
-        self._up = Gauge(
-            f"{name}_replica_up",
-            "workers that would send it requests",
-            ("expert", "replica"),
-            multiprocess_mode="livesum",
-        )
-        self._queue = Gauge(f"{name}_queue_depth", "waiting for a place", ("expert",), multiprocess_mode="livesum")
-        self._classify = Histogram(f"{name}_classify_seconds", "time of the classifier", buckets=_SHORT_S)
-        self._queued = Histogram(f"{name}_queue_seconds", "wait for a place", buckets=_SHORT_S)
-        self._ttft = Histogram(f"{name}_ttft_seconds", "arrival to first byte", ("expert",), buckets=_LONG_S)
-        self._e2e = Histogram(f"{name}_e2e_seconds", "arrival to end, completed", ("expert",), buckets=_LONG_S)
-        self.retries = Counter(f"{name}_retries", "second tries on another replica")
-        self._ejections = Counter(f"{name}_ejections", "replicas taken out of rotation", ("expert", "replica"))
-        self.client_disconnects = Counter(f"{name}_client_disconnects", "clients that left before their answer's end")
-        self._chunks = Counter(f"{name}_chunks", "streamed events passed on, counted at an answer's end", ("expert",))
-        self._children: dict[tuple[Any, ...], Any] = {}
+        self._file = FiguresFile(Path(os.environ[FOLDER_VARIABLE]) / str(os.getpid()))
+        self._rows: dict[tuple[str, ...], memoryview[float]] = {}
+        rows = {name: self._row(name) for name, metric in METRICS.items() if not metric.labels}
+        self._received, self._open = rows["requests_received"], rows["open_requests"]
+        self._classify, self._queued = rows["classify_seconds"], rows["queue_seconds"]
 
-    def _of(self, metric: Any, *labels: str) -> Any:
-        """The metric with these labels; looked up once."""
-        key = (metric, *labels)
-        child = self._children.get(key)
-        if child is None:
-            child = self._children[key] = metric.labels(*labels)
-        return child
+    def _row(self, *key: str) -> "memoryview[float]":
+        """The numbers of a metric, by its name and labels; made when they are first asked for.
+
+        A histogram has one for each bucket, one for what is beyond them, and the sum.
+        """
+        row = self._rows.get(key)
+        if row is None:
+            bounds = METRICS[key[0]].bounds
+            row = self._rows[key] = self._file.row(key[0], key[1:], len(bounds) + 2 if bounds else 1)
+        return row
 
     def begin(self) -> None:
         """Count a request in."""
-        self._received.inc()
-        self._open.inc()
+        self._received[0] += 1
+        self._open[0] += 1
 
     def end(self, outcome: Outcome, now_s: float) -> None:
         """Count a request out."""
-        self._open.dec()
-        self._of(self._requests, outcome.expert, outcome.class_name, outcome.outcome).inc()
+        expert = outcome.expert
+        self._open[0] -= 1
+        self._row("requests", expert, outcome.class_name, outcome.outcome)[0] += 1
         if outcome.classify_s is not None:
-            self._classify.observe(outcome.classify_s)
+            _observe(self._classify, _SHORT_S, outcome.classify_s)
         if outcome.queue_s is not None:
-            self._queued.observe(outcome.queue_s)
+            _observe(self._queued, _SHORT_S, outcome.queue_s)
         if outcome.ttft_s is not None:
-            self._of(self._ttft, outcome.expert).observe(outcome.ttft_s)
+            _observe(self._row("ttft_seconds", expert), _LONG_S, outcome.ttft_s)
         if outcome.chunks:
-            self._of(self._chunks, outcome.expert).inc(outcome.chunks)
+            self._row("chunks", expert)[0] += outcome.chunks
         if outcome.outcome == "completed":
-            self._of(self._e2e, outcome.expert).observe(now_s - outcome.arrived_s)
-        if outcome.outcome == "cancelled":
-            self.client_disconnects.inc()
+            _observe(self._row("e2e_seconds", expert), _LONG_S, now_s - outcome.arrived_s)
+        elif outcome.outcome == "cancelled":
+            self._row("client_disconnects")[0] += 1
 
-    def in_flight(self, expert: str, replica: int, count: int) -> None:
+    def retry(self) -> None:
+        """Count a second try."""
+        self._row("retries")[0] += 1
+
+    def in_flight(self, expert: str, replica: str, count: int) -> None:
         """Note how many requests are at a replica."""
-        self._of(self._in_flight, expert, str(replica)).set(count)
+        self._row("inflight", expert, replica)[0] = count
 
     def replica(self, expert: str, replica: int, *, up: bool, ejections: int) -> None:
         """Note the state of a replica; ``ejections`` are new ones."""
-        self._of(self._up, expert, str(replica)).set(up)
+        self._row("replica_up", expert, str(replica))[0] = up
         if ejections:
-            self._of(self._ejections, expert, str(replica)).inc(ejections)
+            self._row("ejections", expert, str(replica))[0] += ejections
 
     def queue(self, expert: str, depth: int) -> None:
         """Note how many wait for an expert."""
-        self._of(self._queue, expert).set(depth)
+        self._row("queue_depth", expert)[0] = depth
+
+
+def _observe(row: "memoryview[float]", bounds: tuple[float, ...], value_s: float) -> None:
+    row[bisect_left(bounds, value_s)] += 1
+    row[-1] += value_s

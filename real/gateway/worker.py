@@ -7,12 +7,11 @@ import signal
 import sys
 
 import uvloop
-from aiohttp import web
 
 from real.gateway.api_keys import keys_from_environment
-from real.gateway.app import GatewayApp
+from real.gateway.app import GatewayApp, refuse
 from real.gateway.classification import Classification
-from real.gateway.client_connection import ClientServer
+from real.gateway.client_server import ClientServer
 from real.gateway.config import GatewayConfig
 from real.gateway.forwarding import Forwarding
 from real.gateway.health_checks import HealthChecks
@@ -61,9 +60,7 @@ async def serve(config: GatewayConfig, worker: int) -> None:
         checks = HealthChecks(routing.replicas, upstream, config.serve.health, tell)
         await checks.first()
         app = GatewayApp(config, keys, forwarding)
-        server = ClientServer(app.handle, config.serve.timeouts, config.serve.limits.max_body_bytes)
-        runner = web.ServerRunner(server, shutdown_timeout=_FLUSH_S)
-        await runner.setup()
+        server = ClientServer(app.handle, refuse, config.serve.timeouts, config.serve.limits.max_body_bytes)
         listener = Listener(config.serve.host, config.serve.port, server)
         checking = asyncio.create_task(checks.run())
         gc.collect()
@@ -77,7 +74,7 @@ async def serve(config: GatewayConfig, worker: int) -> None:
         forwarding.stop()
         await _drained(forwarding, _FLUSH_S, asyncio.Event())
         listener.close()
-        await runner.cleanup()
+        await server.close(_FLUSH_S)
     if classification is not None:
         classification.close()
 
@@ -86,7 +83,7 @@ async def _drained(forwarding: Forwarding, longest_s: float, stop_now: asyncio.E
     """Wait until nothing is under way, or for so long, or until told to stop now."""
     loop = asyncio.get_running_loop()
     end_s = loop.time() + longest_s
-    while forwarding.open and loop.time() < end_s and not stop_now.is_set():
+    while forwarding.ledger.open and loop.time() < end_s and not stop_now.is_set():
         await asyncio.sleep(_POLL_S)
 
 

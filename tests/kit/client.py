@@ -136,7 +136,7 @@ class Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         if not self.parser.should_keep_alive():
             self.lost = True
-            self.transport.close()
+            self.transport.abort()  # what has not been sent by now is not wanted
         self._end("clean")
 
     def _end(self, how: str) -> None:

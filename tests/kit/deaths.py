@@ -22,12 +22,16 @@ class Death:
         others: those of the other experts.
         killed_s: by ``time.monotonic``.
         asked: what a process of its own that asked for the victim from then on was told, and when.
+        inside_s: from the arrival of the first such request in the gateway to its answer, by the gateway's own clock.
+        told_before: how many of the victim's streams were told in that time.
     """
 
     dead: list[Reply]
     others: list[Reply]
     killed_s: float
     asked: list[dict[str, Any]]
+    inside_s: float
+    told_before: int
 
     @property
     def told(self) -> int:
@@ -61,4 +65,7 @@ async def kill_one_of_four(fleet: Scene, client: Client, streams: int, tokens: i
     by_victim = [reply.headers["x-expert-router-expert"] == VICTIM for reply in replies]
     dead = [reply for reply, its in zip(replies, by_victim, strict=True) if its]
     others = [reply for reply, its in zip(replies, by_victim, strict=True) if not its]
-    return Death(dead, others, killed["killed_s"], asked)
+    log = {line["request_id"]: line for line in fleet.gateway_log()}
+    next_ = log[asked[0]["id"]]
+    told_before = sum(next_["arrived_s"] < log[reply.request_id]["ended_s"] < next_["ended_s"] for reply in dead)
+    return Death(dead, others, killed["killed_s"], asked, next_["ended_s"] - next_["arrived_s"], told_before)

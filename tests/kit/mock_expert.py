@@ -66,25 +66,34 @@ class Engine(Protocol):
 
 
 class PacedEngine:
-    """Every request on its own, at the pace that it asks for."""
+    """Every request on its own, at the pace that it asks for: from its own arrival, in whole milliseconds.
+
+    The loop's timers know no less than a millisecond, so those who are due in the same one share a timer.
+    """
+
+    def __init__(self) -> None:
+        self.due: dict[int, list[tuple[StreamedAnswer, float]]] = {}
 
     def add(self, answer: "StreamedAnswer") -> None:
-        loop = asyncio.get_running_loop()
         behaviour = answer.behaviour
         if behaviour.itl_s == 0 and behaviour.ttft_s == 0:
             answer.all_at_once()
-            return
-        due_s = loop.time() + behaviour.ttft_s
+        else:
+            self._at(answer, asyncio.get_running_loop().time() + behaviour.ttft_s)
 
-        def step() -> None:
-            nonlocal due_s
+    def _at(self, answer: "StreamedAnswer", due_s: float) -> None:
+        tick = round(due_s * 1000)
+        if tick not in self.due:
+            self.due[tick] = []
+            asyncio.get_running_loop().call_at(tick / 1000, self._step, tick)
+        self.due[tick].append((answer, due_s))
+
+    def _step(self, tick: int) -> None:
+        for answer, due_s in self.due.pop(tick):
             if not answer.over:
                 answer.token()
             if not answer.over:
-                due_s += behaviour.itl_s
-                answer.timer = loop.call_at(due_s, step)
-
-        answer.timer = loop.call_at(due_s, step)
+                self._at(answer, due_s + answer.behaviour.itl_s)
 
 
 class BatchingEngine:
@@ -144,7 +153,15 @@ class StreamedAnswer:
         self.sent = 0
         self.over = False
         self.head_sent = False
-        self.timer: asyncio.TimerHandle | None = None
+        behaviour = self.behaviour
+        faults = (
+            behaviour.hang_after,
+            behaviour.cut_after,
+            behaviour.end_after,
+            behaviour.die_after,
+            behaviour.error_after,
+        )
+        self.faults = frozenset(faults) - {None}
         self.before, self.after = b"", b""
         if self.stream:
             text = json.dumps({**self.frame(), "choices": [self.choice(2, "\0")]})
@@ -197,11 +214,8 @@ class StreamedAnswer:
 
     def token(self) -> None:
         """Write one token, or do what is to be done instead of the next one."""
-        behaviour = self.behaviour
-        if self.sent in (behaviour.hang_after, behaviour.cut_after, behaviour.end_after, behaviour.die_after) or (
-            self.sent == behaviour.error_after
-        ):
-            self._fault(behaviour)
+        if self.sent in self.faults:
+            self._fault(self.behaviour)
             return
         self.sent += 1
         if self.stream:
@@ -229,6 +243,7 @@ class StreamedAnswer:
             self.end("failed")
 
     def _finish(self) -> None:
+        self.end("completed")  # logged before the client can have it all: a kill may come in between
         usage = {
             "prompt_tokens": self.prompt_tokens,
             "total_tokens": self.prompt_tokens + self.tokens,
@@ -245,7 +260,6 @@ class StreamedAnswer:
             choice |= {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
             body = {**self.frame(), "choices": [choice], "usage": usage}
             self.connection.respond(200, json.dumps(body).encode())
-        self.end("completed")
 
     def frame(self) -> dict[str, Any]:
         kind = ("chat.completion.chunk" if self.stream else "chat.completion") if self.chat else "text_completion"
@@ -276,8 +290,6 @@ class StreamedAnswer:
 
     def end(self, outcome: str) -> None:
         self.over = True
-        if self.timer is not None:
-            self.timer.cancel()
         if self in self.expert.running:
             self.expert.running.discard(self)
             self.expert.ended[outcome] = self.expert.ended.get(outcome, 0) + 1

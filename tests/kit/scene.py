@@ -59,13 +59,10 @@ class Scene:
 
     def gateway_log(self) -> list[dict[str, Any]]:
         path = self.folder / "gateway.log"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return _lines(path) if path.exists() else []
 
     def expert_logs(self) -> dict[str, list[dict[str, Any]]]:
-        return {
-            path.stem: [json.loads(line) for line in path.read_text().splitlines()]
-            for path in sorted(self.folder.glob("*-*.log"))
-        }
+        return {path.stem: _lines(path) for path in sorted(self.folder.glob("*-*.log"))}
 
     def check_ledger(self) -> Counter[str]:
         """Hold the three sides together; return how many requests had which outcome by the client's account."""
@@ -83,6 +80,11 @@ class Scene:
         sent = {reply.request_id for reply in replies}
         assert set(starts) <= sent, f"an expert got what nobody sent: {set(starts) - sent}"
         return outcomes
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log whose process may just be writing one more."""
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 @contextlib.contextmanager

@@ -34,10 +34,10 @@ class ServedFleet:
     def __init__(self, file: str, *arguments: str, folder: Path) -> None:
         self.logs = folder / "logs"
         self.temporary = Path(tempfile.mkdtemp(prefix="served-"))
-        self.port = next(port for port in range(26100, 60000, 10) if all(map(port_is_free, range(port, port + 5))))
-        ports = {"port": self.port, "metrics_port": self.port + 1, "expert_port": self.port + 2}
-        settings = [word for name, port in ports.items() for word in ("--set", f"serve.{name}={port}")]
-        command = cli(["serve", file, "--logs", str(self.logs), "--log-requests", *settings, *arguments])
+        settings = free_ports(26100)
+        self.port = int(settings[0].partition("=")[2])
+        arguments = (*arguments, *(word for setting in settings for word in ("--set", setting)))
+        command = cli(["serve", file, "--logs", str(self.logs), "--log-requests", *arguments])
         self.logs.mkdir()
         with (self.logs / "serve.log").open("wb") as log:
             self.process = subprocess.Popen(
@@ -133,6 +133,12 @@ class ServedFleet:
         """The gateway's own account of each request that has ended."""
         path = self.logs / REQUEST_LOG
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def free_ports(first: int) -> tuple[str, str, str]:
+    """Settings of a fleet file of up to 8 replicas for ports that are free, looked for from the first on."""
+    port = next(port for port in range(first, 60000, 10) if all(map(port_is_free, range(port, port + 10))))
+    return f"serve.port={port}", f"serve.metrics_port={port + 1}", f"serve.expert_port={port + 2}"
 
 
 def _total(url: str, name: str, labels: dict[str, str]) -> float:
