@@ -67,7 +67,10 @@ async def serve(config: GatewayConfig, worker: int) -> None:
         gc.freeze()
         gc.set_threshold(*_GC_THRESHOLDS)
         print(READY_LINE, flush=True)
-        await stop.wait()
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait((stopping, checking), return_when=asyncio.FIRST_COMPLETED)
+        if checking.done():
+            checking.result()  # a defect, for checks go on for ever: better a new worker than one without them
         app.draining = True
         await _drained(forwarding, config.serve.drain_s, stop_now)
         checking.cancel()
