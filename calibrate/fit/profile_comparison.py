@@ -188,7 +188,7 @@ def comparison_picture(curves: Sequence[tuple[Profile, ServiceCurve]]) -> "Figur
         ):
             ax.set_title(heading, loc="left", color=GREY)
             ax.set_xscale("log", base=2)
-            ax.xaxis.set_major_formatter(mpl.ticker.ScalarFormatter())
+            ax.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
             ax.set_xlabel(label)
             ax.set_ylim(bottom=0)
         panels[0].legend(frameon=False, fontsize=9)
