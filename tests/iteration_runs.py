@@ -59,7 +59,8 @@ def run_engine(
     firsts: dict[int, float] = {}
     while True:
         while order and enters_s[order[0]] < now_s:
-            engine.add(requests[order.pop(0)])
+            in_flight = engine.iteration if settings.async_scheduling and lines else None
+            engine.add(requests[order.pop(0)], in_flight)
         batch = engine.schedule()
         if batch is None:
             if not order:

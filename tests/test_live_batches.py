@@ -44,7 +44,9 @@ def served(
     return run_engine(arrivals(200, gap_s), settings, time_of=time_of, entry_s=lambda number: float(lags[number]))
 
 
-@pytest.mark.parametrize("settings", [SETTINGS, FEW_SEQS])
+@pytest.mark.parametrize(
+    "settings", [SETTINGS, FEW_SEQS, replace(SETTINGS, async_scheduling=True)], ids=["many", "few", "asynchronous"]
+)
 def test_batches_agree_by_the_clock_of_a_noisy_engine(settings: EngineSettings) -> None:
     found = compare_live(*served(settings), settings)
     assert found.within_jitter == 1.0

@@ -172,8 +172,8 @@ def check(file: FleetFile, fleet: str, *, folder: Path, step: Step) -> CheckOutc
         predicted = simulate(file, taken_for=classified, workers=1, progress=progress)
         write_result(predicted, folder / "predicted", RECORDS)
         bounds = [
-            simulate(file, iteration_time_factors=factors, taken_for=classified, workers=1)
-            for factors in _ends(predicted, fleet)
+            simulate(file, iteration_time_factors=ends, taken_for=classified, workers=1)
+            for ends in _ends(predicted, fleet)
         ]
         bounds += [simulate(file, seed=file.run.seed + draw) for draw in range(1, OTHER_DRAWS + 1)]
     experts = {expert.name: index for index, expert in enumerate(predicted.fleets[fleet].experts)}

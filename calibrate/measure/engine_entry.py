@@ -19,6 +19,8 @@ from sim.fleet import EngineSettings
 
 WORKS_S = (0.0, *(float(f"{value:.3g}") for value in np.geomspace(2e-4, 5e-2, 49)))
 """Seconds of work a request, to choose from."""
+PAUSE_S = 1e-3
+"""What an asynchronous engine that waits for its next batch later than this after the last had none in between."""
 NEARLY = 0.01
 """Share of the requests by which agreements are taken as equal."""
 
@@ -61,13 +63,28 @@ def done_s(requests: Sequence[SentRequest], work_s: float) -> NDArray[np.float64
     return np.asarray(np.maximum.accumulate(sent_s + work_s - places) + places)
 
 
-def decision_times(lines: Sequence[IterationLine]) -> list[float]:
-    """Return when each batch was decided: at the end of the one before, or after a pause when the model began."""
+def decision_times(lines: Sequence[IterationLine], settings: EngineSettings) -> list[float]:
+    """Return when each batch was decided: at the end of the one before, or after a pause when the model began.
+
+    With asynchronous scheduling that is one batch earlier: the decision follows the end of the one before the last.
+    """
     starts_s: list[float] = []
     for number, line in enumerate(lines):
         began_s = line.ended_s - line.elapsed_s
-        starts_s.append(began_s if not number else max(lines[number - 1].ended_s, min(began_s, line.ended_s)))
+        if not number or (settings.async_scheduling and _after_a_pause(lines, number)):
+            starts_s.append(began_s)
+        elif settings.async_scheduling:
+            earlier_s = lines[number - 2].ended_s if number > 1 else starts_s[-1]
+            starts_s.append(max(earlier_s, starts_s[-1]))
+        else:
+            starts_s.append(max(lines[number - 1].ended_s, min(began_s, line.ended_s)))
     return starts_s
+
+
+def _after_a_pause(lines: Sequence[IterationLine], number: int) -> bool:
+    """Whether an asynchronous engine was idle before a batch: nobody has output, and the wait for it began late."""
+    line = lines[number]
+    return not line.generation_requests and line.ended_s - line.elapsed_s - lines[number - 1].ended_s > PAUSE_S
 
 
 def fit_entry(samples: Iterable[EntrySample], works_s: Sequence[float] = WORKS_S) -> Entry:
@@ -94,7 +111,7 @@ def fit_entry(samples: Iterable[EntrySample], works_s: Sequence[float] = WORKS_S
 
 def _windows(sample: EntrySample) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Between which times each request entered; NaN where it may have waited for room, or is not known."""
-    starts_s = decision_times(sample.lines)
+    starts_s = decision_times(sample.lines, sample.settings)
     limits = sample.settings
     full = [
         line.context_tokens + line.generation_tokens >= limits.max_num_batched_tokens

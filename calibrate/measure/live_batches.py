@@ -67,7 +67,7 @@ def compare_live(
     requests = sorted(sent, key=lambda request: request.sent_s)
     if not lines or not requests:
         raise ValueError("live batches need at least one iteration and one request")
-    starts_s = decision_times(lines)
+    starts_s = decision_times(lines, settings)
     wanted = [counts_of_line(line) for line in lines]
     real = admissions(lines, requests, settings)
     entry = fit_entry([EntrySample(lines=lines, sent=requests, admitted=real, settings=settings)])

@@ -49,20 +49,20 @@ class IterationLine(NamedTuple):
 def logging_config(level: str = "INFO") -> dict[str, Any]:
     """Return vLLM's own logging configuration with the time in microseconds after the one in seconds.
 
-    As ``vllm/logger.py`` (0.32.0) sets it up by itself without a terminal: same prefix, levels and stream.
+    As ``vllm/logger.py`` (0.32.0) sets it up by itself without a terminal: same prefix, levels and stream. The formatter
+    is named as a class, since 0.26 makes it of the format alone and later versions of a level as well.
     """
     return {
         "version": 1,
         "disable_existing_loggers": False,
         "formatters": {
             "vllm": {
-                "()": "vllm.logging_utils.NewLineFormatter",
+                "class": "vllm.logging_utils.NewLineFormatter",
                 "datefmt": "%m-%d %H:%M:%S",
                 "format": (
                     "(%(processName)s pid=%(process)d) %(levelname)s %(asctime)s %(created).6f "
                     "[%(fileinfo)s:%(lineno)d] %(message)s"
                 ),
-                "log_level": level,
             }
         },
         "handlers": {
