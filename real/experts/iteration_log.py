@@ -49,8 +49,8 @@ class IterationLine(NamedTuple):
 def logging_config(level: str = "INFO") -> dict[str, Any]:
     """Return vLLM's own logging configuration with the time in microseconds after the one in seconds.
 
-    As ``vllm/logger.py`` (0.32.0) sets it up by itself without a terminal: same prefix, levels and stream. The formatter
-    is named as a class, since 0.26 makes it of the format alone and later versions of a level as well.
+    As ``vllm/logger.py`` (0.32.0) sets it up by itself without a terminal: same prefix, levels and stream. The
+    formatter is named as a class, since 0.26 makes it of the format alone and later versions of a level as well.
     """
     return {
         "version": 1,
