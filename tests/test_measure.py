@@ -63,7 +63,9 @@ def test_a_measurement_becomes_a_profile(tmp_path: Path) -> None:
     assert {"idle", "steps", "closed"} <= {name.partition(" ")[0] for name in names}
     found = fit_folder(MeasurementFolder.existing(tmp_path / "expert"))
     assert found.matched == 1.0
-    assert len(found.check) == 2
+    # With little time left both closed-loop points may have as few users.
+    assert sum(name.startswith("closed") for name in names) == 2
+    assert {name for name in names if name.startswith("closed")} == set(found.check)
     profile = found.profile
     assert isinstance(profile.parameters, TermParameters)
     assert profile.parameters.per_iteration.value > 5e-4
