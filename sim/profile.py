@@ -3,6 +3,7 @@
 import bisect
 from collections.abc import Sequence
 from itertools import pairwise
+from math import inf
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -59,6 +60,19 @@ class MatrixKnot(Spec):
     seconds: Parameter
 
 
+class HostParameters(Spec):
+    """What the host of an asynchronous engine takes to decide and launch one batch, in seconds, none negative.
+
+    The device computes the batch before meanwhile, so a batch takes the longer of its host's and its device's time.
+    """
+
+    per_iteration: Annotated[Parameter, Field(description="constant: scheduler, outputs, launching a whole graph")]
+    per_request: Annotated[Parameter, Field(description="per request of the batch")]
+    in_pieces: Annotated[Parameter, Field(description="more for a batch with prefill, which no whole graph covers")]
+    without_graph: Annotated[Parameter, Field(description="more beyond the largest captured size, kernel by kernel")]
+    per_prefill_chunk: Annotated[Parameter, Field(description="per request that prefills")]
+
+
 class TermParameters(Spec):
     """Terms of one iteration, each in seconds and none negative, so that time grows with every part of the work.
 
@@ -76,6 +90,9 @@ class TermParameters(Spec):
     per_kv_token: Annotated[Parameter, Field(description="reading one token's KV")]
     matrix_knots: list[MatrixKnot] = Field(
         default=[], description="matrix work of small batches, ascending; empty: per_token times the tokens"
+    )
+    host: HostParameters | None = Field(
+        None, description="below which no iteration of an asynchronous engine stays; null: the terms hold all"
     )
 
     @model_validator(mode="after")
@@ -224,7 +241,9 @@ class ProfileCurve:
     One iteration takes ``per_iteration + max(weights, per_token * tokens) + per_attention_pair * pairs
     + per_prefill_chunk * chunks + per_decode * decodes + per_kv_token * KV tokens``, where ``tokens`` is prefill and
     decode tokens together, rounded up to the next captured size if there is one. With knots the matrix work runs
-    through them instead of ``per_token * tokens``.
+    through them instead of ``per_token * tokens``. With a host part that is the device's time, and an iteration takes
+    no less than the host's: ``per_iteration + per_request * requests + per_prefill_chunk * chunks``, with ``in_pieces``
+    unless one graph covers it, and ``without_graph`` beyond the largest captured size.
     """
 
     def __init__(self, profile: Profile) -> None:
@@ -245,7 +264,11 @@ class ProfileCurve:
         self._per_chunk_s = terms.per_prefill_chunk.value
         self._per_decode_s = terms.per_decode.value
         self._per_kv_token_s = terms.per_kv_token.value
+        host = terms.host
+        self._host: dict[str, float] | None = None if host is None else {name: each.value for name, each in host}
+        self._largest_graph = max(self._sizes, default=0)
         self._matrix_s_by_tokens: dict[int, float] = {}
+        self._pieces: dict[int, tuple[DecodePiece, DecodePiece]] = {}
         self._source = source_of(profile)
 
     @property
@@ -256,7 +279,7 @@ class ProfileCurve:
     def iteration_s(self, work: IterationWork) -> float:
         """Seconds from the start of this iteration to the start of the next when the engine stays busy."""
         prefill_tokens, prefill_chunks, pairs, prefill_kv_tokens, decodes, decode_kv_tokens = work
-        return (
+        device_s = (
             self._per_iteration_s
             + self._matrix_s(prefill_tokens + decodes)
             + self._per_pair_s * pairs
@@ -264,11 +287,33 @@ class ProfileCurve:
             + self._per_decode_s * decodes
             + self._per_kv_token_s * (prefill_kv_tokens + decode_kv_tokens)
         )
+        return max(device_s, self._host_s(prefill_tokens, prefill_chunks, decodes))
 
     def decode_piece(self, decodes: int, decode_kv_tokens: int) -> DecodePiece:
-        """The one affine piece of a decode-only batch; the same at every ``decode_kv_tokens``."""
-        fixed_s = self._per_iteration_s + self._matrix_s(decodes) + self._per_decode_s * decodes
-        return DecodePiece(fixed_s, self._per_kv_token_s, float("inf"))
+        """The affine piece of a decode-only batch: the host's as long as it takes longer, then the device's."""
+        pieces = self._pieces.get(decodes)
+        if pieces is None:
+            fixed_s = self._per_iteration_s + self._matrix_s(decodes) + self._per_decode_s * decodes
+            host_s = self._host_s(0, 0, decodes)
+            if self._per_kv_token_s:
+                until = (host_s - fixed_s) / self._per_kv_token_s
+            else:
+                until = inf if host_s > fixed_s else -inf
+            pieces = DecodePiece(host_s, 0.0, until), DecodePiece(fixed_s, self._per_kv_token_s, inf)
+            self._pieces[decodes] = pieces
+        of_host, of_device = pieces
+        return of_host if decode_kv_tokens < of_host.until_kv_tokens else of_device
+
+    def _host_s(self, prefill_tokens: int, prefill_chunks: int, decodes: int) -> float:
+        """Seconds of the host's work on a batch; 0 where the terms hold it already."""
+        host = self._host
+        if host is None:
+            return 0.0
+        seconds = host["per_iteration"] + host["per_request"] * (decodes + prefill_chunks)
+        beyond = prefill_tokens + decodes > self._largest_graph
+        if prefill_chunks or beyond:
+            seconds += host["in_pieces"] + host["per_prefill_chunk"] * prefill_chunks
+        return seconds + host["without_graph"] if beyond else seconds
 
     def _matrix_s(self, tokens: int) -> float:
         """Seconds of the matrix work, never below reading the weights."""

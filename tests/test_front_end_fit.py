@@ -64,7 +64,8 @@ def test_costs_are_found_from_simultaneous_and_idle_requests() -> None:
         for n in (16, 128, 400)
     ]
     points, records, sent = zip(*parts, strict=True)
-    front_end = fit_front_end(list(points), pd.concat(sent), pd.concat(records), SETTINGS, TRUTH)
+    frames = pd.concat(sent), pd.concat(records)
+    front_end = fit_front_end(list(points), *frames, SETTINGS, TRUTH, shares_cores=True)
     assert front_end is not None
     assert front_end.per_request_s.value == pytest.approx(REQUEST_S, rel=0.2)
     assert front_end.per_output_token_s.value == pytest.approx(TOKEN_S, rel=0.1)
@@ -72,9 +73,29 @@ def test_costs_are_found_from_simultaneous_and_idle_requests() -> None:
     assert front_end.delay_s.value == pytest.approx(DELAY_S, abs=1.5e-3)
 
 
+def test_a_token_takes_at_least_its_cpu_time_where_the_front_end_has_cores_of_its_own() -> None:
+    parts = [
+        point(f"steps batch={n}#1", requests(f"steps batch={n}#1", n, prompt, 24, 0.0), one_by_one=False)
+        for n, prompt in ((4, 16), (8, 300), (16, 16), (24, 64))
+    ]
+    parts += [point("idle prompt=16#1", requests("idle prompt=16#1", 3, 16, 6, 5.0), one_by_one=True)]
+    points, records, sent = zip(*parts, strict=True)
+    dear = [
+        each.model_copy(update={"front_end_cpu_s": (each.front_end_cpu_s or 0.0) + 1e-3 * each.output_tokens})
+        for each in points
+    ]
+    frames = pd.concat(sent), pd.concat(records)
+    apart = fit_front_end(dear, *frames, SETTINGS, TRUTH, shares_cores=False)
+    together = fit_front_end(dear, *frames, SETTINGS, TRUTH, shares_cores=True)
+    assert apart is not None
+    assert together is not None
+    assert apart.per_output_token_s.value > 0.9e-3
+    assert together.per_output_token_s.value == pytest.approx(TOKEN_S, rel=0.1)
+
+
 def test_too_few_points_give_no_front_end() -> None:
     measured, records, sent = point("idle prompt=16#1", requests("idle prompt=16#1", 3, 16, 6, 5.0), one_by_one=True)
-    assert fit_front_end([measured], sent, records, SETTINGS, TRUTH) is None
+    assert fit_front_end([measured], sent, records, SETTINGS, TRUTH, shares_cores=True) is None
 
 
 def test_router_costs_come_from_two_output_lengths_of_one_and_of_many_users_without_the_idle_gateway() -> None:

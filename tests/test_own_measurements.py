@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from calibrate.fit.iteration_fit import fit_best
 from calibrate.measure.files import META, MeasurementFolder
-from calibrate.measure.measured_profile import fit_folder
+from calibrate.measure.measured_profile import graph_sizes, provenance, told
 from sim.profile import TermParameters, load_profile
 
 DATA = Path(__file__).parent.parent / "calibrate" / "data"
@@ -18,17 +19,19 @@ def test_there_are_measurements() -> None:
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: f"{folder.parent.name}/{folder.name}")
 def test_a_profile_is_the_fit_to_what_was_measured(folder: Path) -> None:
-    found = fit_folder(MeasurementFolder.existing(folder))
+    measured = MeasurementFolder.existing(folder)
     kept = load_profile(folder.parent / f"{folder.name}.profile.json")
-    assert found.matched == 1.0, "every logged batch is the simulated scheduler's"
-    assert found.profile.expert == kept.expert
-    assert found.profile.provenance == kept.provenance
-    fitted, stored = found.profile.parameters, kept.parameters
-    assert isinstance(fitted, TermParameters)
+    assert measured.meta is not None
+    assert measured.iterations["matched"].all(), "every logged batch is the simulated scheduler's"
+    assert measured.meta.expert == kept.expert
+    assert provenance(measured.meta) == kept.provenance
+    fitted, stored = fit_best(told(measured), graph_sizes=graph_sizes(measured.meta)), kept.parameters
     assert isinstance(stored, TermParameters)
-    for name in ("per_iteration", "per_token", "per_decode", "per_kv_token"):
-        value, expected = getattr(fitted, name).value, getattr(stored, name).value
-        assert value == pytest.approx(expected, rel=1e-3, abs=1e-9), name
+    for name, value in fitted.terms.items():
+        assert value == pytest.approx(getattr(stored, name).value, rel=1e-3, abs=1e-9), name
+    assert (fitted.host is None) == (stored.host is None)
+    for name, value in (fitted.host.terms if fitted.host is not None else {}).items():
+        assert value == pytest.approx(getattr(stored.host, name).value, rel=1e-3, abs=1e-9), name
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: f"{folder.parent.name}/{folder.name}")

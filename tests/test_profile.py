@@ -77,6 +77,44 @@ def test_small_batch_takes_the_time_to_read_the_weights() -> None:
     assert curve.decode_piece(1, 0).fixed_s == pytest.approx(1e-3 + 5e-3 + 1e-5)
 
 
+HOST = {
+    "per_iteration": parameter(2e-3),
+    "per_request": parameter(4e-5),
+    "in_pieces": parameter(4e-3),
+    "without_graph": parameter(13e-3),
+    "per_prefill_chunk": parameter(3e-4),
+}
+
+
+def with_host() -> Profile:
+    made = document()
+    made["parameters"]["host"] = HOST
+    return Profile.model_validate(made)
+
+
+@pytest.mark.parametrize(
+    ("work", "host_s"),
+    [
+        (IterationWork(0, 0, 0.0, 0, 500, 5000), 2e-3 + 500 * 4e-5),  # one graph
+        (IterationWork(10, 2, 30.0, 10, 3, 30), 2e-3 + 5 * 4e-5 + 4e-3 + 2 * 3e-4),  # in pieces
+        (IterationWork(513, 1, 0.0, 513, 0, 0), 2e-3 + 4e-5 + 4e-3 + 3e-4 + 13e-3),  # kernel by kernel
+        (IterationWork(0, 0, 0.0, 0, 600, 600), 2e-3 + 600 * 4e-5 + 4e-3 + 13e-3),
+    ],
+)
+def test_an_iteration_takes_no_less_than_its_host(work: IterationWork, host_s: float) -> None:
+    device_s = ProfileCurve(Profile.model_validate(document())).iteration_s(work)
+    assert ProfileCurve(with_host()).iteration_s(work) == pytest.approx(max(device_s, host_s))
+
+
+@given(st.integers(1, 900), st.integers(0, 3_000_000))
+def test_decode_piece_of_host_or_device_gives_the_iteration_time(decodes: int, kv_tokens: int) -> None:
+    curve = ProfileCurve(with_host())
+    piece = curve.decode_piece(decodes, kv_tokens)
+    work = IterationWork(0, 0, 0.0, 0, decodes, kv_tokens)
+    assert piece.fixed_s + piece.per_kv_token_s * kv_tokens == pytest.approx(curve.iteration_s(work))
+    assert kv_tokens <= piece.until_kv_tokens
+
+
 def test_batch_is_padded_to_the_next_captured_size_and_not_above_the_largest() -> None:
     curve = ProfileCurve(Profile.model_validate(document()))
     assert curve.decode_piece(17, 0).fixed_s == pytest.approx(1e-3 + 512 * 2e-5 + 17 * 1e-5)

@@ -153,15 +153,15 @@ def check_picture(figures: Sequence[Figure], title: str) -> "Picture":
         for ax, (column, heading) in zip(axes, PANELS, strict=True):
             rows = sorted((figure for figure in fleet if figure.column == column), key=lambda figure: figure.load)
             loads = np.array([row.load for row in rows])
-            ax.plot(loads, [row.predicted for row in rows], color=COLOURS[0], label="predicted, 90 % interval")
             bounds = [row.predicted_low for row in rows], [row.predicted_high for row in rows]
+            label = _with_interval("predicted", bounds[0], "90 % interval")
+            ax.plot(loads, [row.predicted for row in rows], color=COLOURS[0], label=label)
             ax.fill_between(loads, *bounds, color=COLOURS[0], alpha=0.2, linewidth=0)
             measured = np.array([row.measured for row in rows])
             spread = np.array([[row.measured - row.measured_low, row.measured_high - row.measured] for row in rows]).T
             known = np.nan_to_num(np.maximum(spread, 0.0)) if len(rows) else None
-            ax.errorbar(
-                loads, measured, yerr=known, fmt="o", color=COLOURS[1], capsize=3, label="measured, 90 % bootstrap"
-            )
+            label = _with_interval("measured", [row.measured_low for row in rows], "90 % bootstrap")
+            ax.errorbar(loads, measured, yerr=known, fmt="o", color=COLOURS[1], capsize=3, label=label)
             ax.set_title(heading, loc="left", color=GREY)
             ax.set_xscale("log")
             ax.set_ylim(bottom=0)
@@ -171,6 +171,11 @@ def check_picture(figures: Sequence[Figure], title: str) -> "Picture":
         axes[0].legend(frameon=False, fontsize=8)
         picture.suptitle(title, x=0.01, ha="left", fontweight="bold")
     return picture
+
+
+def _with_interval(what: str, bounds: Sequence[float], interval: str) -> str:
+    """Name a series, with its interval where it has one."""
+    return what if all(isnan(bound) for bound in bounds) else f"{what}, {interval}"
 
 
 def _loads(figures: Sequence[Figure]) -> list[float]:

@@ -7,10 +7,15 @@ once the form of the matrix work is given: a floor, as a number of tokens that i
 knots, for hardware that works differently on small batches. The rest is non-negative least squares with Huber weights
 (Huber 1964), so that a stall of the machine does not steer it. Knots are taken where they predict points left out
 better. Intervals come from refits to resampled points, whole points at a time, errors from leaving each point out.
+
+An asynchronous engine works on the host for the next batch while the device computes this one. What a batch takes there
+is its own work on the host, which falls before the log line of the batch before it, and the wait for it; and the terms
+above are those of batches that were waited for. The others tell what the host takes (``calibrate.fit.host_fit``), and
+that the device took no longer.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import nan
 
 import numpy as np
@@ -18,8 +23,9 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
+from calibrate.fit.host_fit import HOST_TERMS, HostFit, fit_host
 from sim.cuda_graphs import padded_tokens
-from sim.profile import MatrixKnot, Parameter, TermParameters, matrix_work_s
+from sim.profile import HostParameters, MatrixKnot, Parameter, TermParameters, matrix_work_s
 from sim.service_curve import IterationWork
 from sim.streams import stream
 
@@ -36,6 +42,12 @@ BETTER = 0.95
 FOLDS = 5
 SHARE_NOISE = 0.02
 """Standard deviation of an observation, as a share of its time."""
+WAITED_S, WAITED_SHARE = 3e-4, 0.02
+"""From how long a wait on, and what share of its time, a batch was waited for: the host is not what took so long."""
+MORE_WORK = 1.2
+"""By how much more of the host's work on the next batch it hides what it took for one."""
+UNSURE = 0.1
+"""Share of a device's time that may be unknown."""
 HUBER = 1.5
 LONGEST_STRETCH = 16
 SHORTEST_STRETCH = 3
@@ -60,6 +72,8 @@ class Observations:
         iterations: how many cycles it is the mean of.
         points: name of what was measured, repeats alike.
         jitter_s: standard deviation of one log line's delay.
+        host_s: mean work of the host, of an asynchronous engine; else None.
+        waited_s: likewise, the mean wait for the device.
     """
 
     works: Floats
@@ -67,6 +81,8 @@ class Observations:
     iterations: Floats
     points: NDArray[np.object_]
     jitter_s: float
+    host_s: Floats | None = None
+    waited_s: Floats | None = None
 
     def select(self, keep: NDArray[np.bool_] | NDArray[np.int64]) -> "Observations":
         """Return some of them, by mask or index."""
@@ -76,7 +92,16 @@ class Observations:
             iterations=self.iterations[keep],
             points=self.points[keep],
             jitter_s=self.jitter_s,
+            host_s=None if self.host_s is None else self.host_s[keep],
+            waited_s=None if self.waited_s is None else self.waited_s[keep],
         )
+
+    @property
+    def waited_for(self) -> NDArray[np.bool_]:
+        """Which of them the device took longest for; all of a synchronous engine's."""
+        if self.waited_s is None:
+            return np.ones(len(self.measured_s), dtype=np.bool_)
+        return np.asarray(self.waited_s > np.maximum(WAITED_S, WAITED_SHARE * self.measured_s))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,15 +113,22 @@ class TermFit:
         floor_tokens: of the matrix work; 0 with knots.
         graph_sizes: captured batch sizes, to which tokens are rounded up.
         knots: (tokens, seconds) of the matrix work beyond that of one token, see ``sim.profile.matrix_work_s``.
+        host: below whose time no batch of an asynchronous engine stays; else None.
     """
 
     terms: dict[str, float]
     floor_tokens: int
     graph_sizes: tuple[int, ...]
     knots: tuple[tuple[int, float], ...] = ()
+    host: HostFit | None = None
 
     def predict_s(self, works: Floats) -> Floats:
         """Return seconds of iterations, ``works`` as in ``Observations``."""
+        device_s = self.device_s(works)
+        return device_s if self.host is None else np.maximum(device_s, self.host.predict_s(works))
+
+    def device_s(self, works: Floats) -> Floats:
+        """Return the seconds that the terms say, whatever the host takes."""
         matrix = design(works, self.floor_tokens, self.graph_sizes)
         if self.knots:
             per_token_s = self.terms["per_token"]
@@ -110,29 +142,35 @@ class TermFit:
         return self.terms["per_token"] * self.floor_tokens
 
 
-def observations(records: pd.DataFrame) -> Observations:
+def observations(records: pd.DataFrame, *, asynchronous: bool = False) -> Observations:
     """Gather observations from records (``iteration_records.ITERATION_COLUMNS``) in the order of their logging.
 
     Records that are not matched, and cycles that an idle engine interrupted, are left out. Point names end in
     ``#NUMBER`` where one was measured several times.
 
+    Args:
+        records: of one engine.
+        asynchronous: it decides a batch while the one before runs.
+
     Raises:
         TooFewRecordsError: fewer than FEWEST_OBSERVATIONS are left.
     """
-    rows: list[tuple[Floats, float, int, str]] = []
+    rows: list[tuple[Floats, float, float, float, int, str]] = []
     overheads = []
     works = records[[*IterationWork._fields]].to_numpy(dtype=np.float64)
-    cycle_s, elapsed_s = records["cycle_s"].to_numpy(), records["elapsed_s"].to_numpy()
-    usable = records["matched"].to_numpy() & (cycle_s > 0)
     names = records["point"].to_numpy()
+    elapsed_s = records["elapsed_s"].to_numpy()
+    took_s, host_s = _took_s(records, names, asynchronous=asynchronous)
+    usable = records["matched"].to_numpy() & (took_s > 0)
     for first, last in _stretches(names, works, usable):
         length = last - first
         if works[first, 0] == 0 and length < SHORTEST_STRETCH:
             continue
         name = str(names[first]).partition("#")[0]
-        rows.append((works[first:last].mean(axis=0), float(cycle_s[first:last].mean()), length, name))
+        took, host, waited = (float(each[first:last].mean()) for each in (took_s, host_s, elapsed_s))
+        rows.append((works[first:last].mean(axis=0), took, host, waited, length, name))
         if length > SHORTEST_STRETCH:
-            overheads.append(np.std(cycle_s[first:last] - elapsed_s[first:last], ddof=1))
+            overheads.append(np.std(took_s[first:last] - elapsed_s[first:last], ddof=1))
     if len(rows) < FEWEST_OBSERVATIONS:
         raise TooFewRecordsError(
             f"{len(records)} iteration records give {len(rows)} observations, a fit needs {FEWEST_OBSERVATIONS}; "
@@ -141,11 +179,38 @@ def observations(records: pd.DataFrame) -> Observations:
     return Observations(
         works=np.array([row[0] for row in rows]),
         measured_s=np.array([row[1] for row in rows]),
-        iterations=np.array([float(row[2]) for row in rows]),
-        points=np.array([row[3] for row in rows], dtype=np.object_),
+        iterations=np.array([float(row[4]) for row in rows]),
+        points=np.array([row[5] for row in rows], dtype=np.object_),
         # A cycle ends and begins with a delayed line.
         jitter_s=float(np.median(overheads)) / 2**0.5 if overheads else 0.0,
+        host_s=np.array([row[2] for row in rows]) if asynchronous else None,
+        waited_s=np.array([row[3] for row in rows]) if asynchronous else None,
     )
+
+
+def _took_s(records: pd.DataFrame, names: NDArray[np.object_], *, asynchronous: bool) -> tuple[Floats, Floats]:
+    """Return what each iteration took and what of it was the host's work; NaN where that is not known.
+
+    Asynchronous: the cycle of batch ``n`` is the host's work on batch ``n + 1`` and the wait for ``n``.
+    """
+    cycle_s, elapsed_s = records["cycle_s"].to_numpy(), records["elapsed_s"].to_numpy()
+    next_s = cycle_s - elapsed_s
+    if not asynchronous:
+        return cycle_s, next_s
+    unknown = np.isnan(cycle_s)  # launched into an idle device
+    unknown[1:] |= names[1:] != names[:-1]
+    host_s = np.where(unknown, np.nan, np.concatenate([[np.nan], next_s[:-1]]))
+    waited = elapsed_s > np.maximum(WAITED_S, WAITED_SHARE * cycle_s)
+    before_waited = np.concatenate([[False], waited[:-1]])
+    # Waited for after another that was: the device went from one to the other. After one that was not, it began at some
+    # moment of the launch.
+    began_s = np.where(before_waited, 0.0, host_s)
+    device_s = cycle_s + began_s / 2
+    device_s[began_s / 2 > UNSURE * device_s] = np.nan
+    # Not waited for: the host took longer, if not for the next batch.
+    of_host_s = np.where(next_s > MORE_WORK * host_s, np.nan, host_s + elapsed_s)
+    took_s = np.where(waited, device_s, of_host_s)
+    return np.where(unknown, np.nan, took_s), host_s
 
 
 def _stretches(names: NDArray[np.object_], works: Floats, usable: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
@@ -192,17 +257,64 @@ def fit_terms(
         floors: to choose from.
         start: an earlier fit to begin from, for speed.
     """
-    best: tuple[float, TermFit] | None = None
     sizes = tuple(graph_sizes)
+    host = _fit_host(seen, sizes)
+    told = _telling(seen)
+    best = _best_floor(told, sizes, floors, start)
+    longer = ~seen.waited_for & (best.device_s(seen.works) > seen.measured_s)
+    if longer.any() and told is not seen:  # the device cannot have taken longer than all of it
+        best = _best_floor(seen.select(seen.waited_for | longer), sizes, floors, best)
+    return replace(best, host=host)
+
+
+def _best_floor(seen: Observations, sizes: tuple[int, ...], floors: Sequence[int], start: TermFit | None) -> TermFit:
+    if start is None:
+        start = _search(seen, sizes, floors, None, np.ones(len(seen.measured_s)))
+    return _search(seen, sizes, floors, start, _noisier(seen, start))
+
+
+def _search(
+    seen: Observations, sizes: tuple[int, ...], floors: Sequence[int], start: TermFit | None, noisier: Floats
+) -> TermFit:
+    best: tuple[float, TermFit] | None = None
     largest = float((seen.works[:, 0] + seen.works[:, 4]).max())
-    expected_s = seen.measured_s if start is None else np.maximum(start.predict_s(seen.works), 1e-9)
+    expected_s = seen.measured_s if start is None else np.maximum(start.device_s(seen.works), 1e-9)
+    rounds = 30 if start is None else 6
     for floor in [each for each in floors if each <= largest] or [0]:
-        loss, values = _solve(design(seen.works, floor, sizes), seen, expected_s, rounds=30 if start is None else 6)
+        matrix = design(seen.works, floor, sizes)
+        loss, values = _solve(matrix, seen, noisier * noise_s(seen, expected_s), rounds=rounds)
         if best is None or loss < best[0] * (1 - 1e-9):
             named = {name: float(value) for name, value in zip(TERMS, values, strict=True)}
             best = loss, TermFit(terms=named, floor_tokens=floor, graph_sizes=sizes)
     assert best is not None
     return best[1]
+
+
+def _noisier(seen: Observations, fitted: TermFit) -> Floats:
+    """Return by what factor observations are noisier than assumed, those with prefill and those without; at least 1.
+
+    The single iteration of a prefill is noisier than a mean of many, above all where log lines come late.
+    """
+    expected_s = np.maximum(fitted.device_s(seen.works), 1e-9)
+    errors = np.abs(expected_s - seen.measured_s) / noise_s(seen, expected_s)
+    factor = np.ones(len(errors))
+    with_prefill = seen.works[:, 0] > 0
+    for kind in (with_prefill, ~with_prefill):
+        if kind.any():
+            factor[kind] = max(1.0, float(np.median(errors[kind])) / 0.6745)
+    return factor
+
+
+def _telling(seen: Observations) -> Observations:
+    """The observations that tell what the device takes; all, where there are too few such."""
+    waited = seen.waited_for
+    return seen if waited.all() or waited.sum() < FEWEST_OBSERVATIONS else seen.select(waited)
+
+
+def _fit_host(seen: Observations, sizes: tuple[int, ...]) -> HostFit | None:
+    if seen.host_s is None:
+        return None
+    return fit_host(seen.works, seen.host_s, seen.jitter_s * 2**0.5 / np.sqrt(seen.iterations), sizes)
 
 
 def fit_knots(seen: Observations, floor_fit: TermFit) -> TermFit:
@@ -212,7 +324,8 @@ def fit_knots(seen: Observations, floor_fit: TermFit) -> TermFit:
         seen: at least a few.
         floor_fit: a fit with a floor to the same or other observations, for a start and for what a bend is weighed by.
     """
-    columns = design(seen.works, 0, floor_fit.graph_sizes)
+    told = _telling(seen)
+    columns = design(told.works, 0, floor_fit.graph_sizes)
     tokens = columns[:, 1]
     knots = [knot for knot in KNOTS if (tokens > knot).any() and (tokens <= knot).any()]
     edges = np.array([1.0, *knots, np.inf])
@@ -223,8 +336,9 @@ def fit_knots(seen: Observations, floor_fit: TermFit) -> TermFit:
     places = np.arange(slopes - 1)
     bends[places, places + 1], bends[places, places + 2] = -1.0, 1.0
     bends /= BEND * max(floor_fit.terms["per_token"], 1e-12)
-    expected_s = np.maximum(floor_fit.predict_s(seen.works), 1e-9)
-    _, values = _solve(matrix, seen, expected_s, rounds=12, penalty=bends)
+    expected_s = np.maximum(floor_fit.device_s(told.works), 1e-9)
+    deviation_s = _noisier(told, floor_fit) * noise_s(told, expected_s)
+    _, values = _solve(matrix, told, deviation_s, rounds=12, penalty=bends)
     heights = np.cumsum(values[1:slopes] * np.diff(edges[:-1]))
     kept = [float(values[0]), *(float(value) for value in values[slopes:])]
     return TermFit(
@@ -232,6 +346,7 @@ def fit_knots(seen: Observations, floor_fit: TermFit) -> TermFit:
         floor_tokens=0,
         graph_sizes=floor_fit.graph_sizes,
         knots=tuple((knot, float(height)) for knot, height in zip(knots, heights, strict=True)),
+        host=_fit_host(seen, floor_fit.graph_sizes),
     )
 
 
@@ -249,12 +364,14 @@ def fit_best(seen: Observations, *, graph_sizes: Sequence[int] = ()) -> TermFit:
     if len(names) < 2 * FOLDS:
         return floor_fit
     lost = np.zeros(2)
+    noisier = _noisier(seen, floor_fit)
     for fold in range(FOLDS):
         mine = np.isin(seen.points.astype(str), names[fold::FOLDS])
         told, others = seen.select(mine), seen.select(~mine)
         with_floor = refit(others, floor_fit)
         for form, fitted in enumerate((with_floor, fit_knots(others, with_floor))):
-            errors = np.abs(fitted.predict_s(told.works) - told.measured_s) / noise_s(told, told.measured_s)
+            deviation_s = noisier[mine] * noise_s(told, told.measured_s)
+            errors = np.abs(fitted.predict_s(told.works) - told.measured_s) / deviation_s
             lost[form] += np.where(errors <= HUBER, errors**2 / 2, HUBER * (errors - HUBER / 2)).sum()
     return fit_knots(seen, floor_fit) if lost[1] < BETTER * lost[0] else floor_fit
 
@@ -266,13 +383,12 @@ def noise_s(seen: Observations, expected_s: Floats) -> Floats:
 
 
 def _solve(
-    matrix: Floats, seen: Observations, expected_s: Floats, *, rounds: int, penalty: Floats | None = None
+    matrix: Floats, seen: Observations, deviation_s: Floats, *, rounds: int, penalty: Floats | None = None
 ) -> tuple[float, Floats]:
     """Return the Huber loss and the parameters; ``penalty`` has rows whose products with them should be near 0."""
     extra = np.empty((0, matrix.shape[1])) if penalty is None else penalty
     scale = np.maximum(np.abs(matrix / seen.measured_s[:, None]).max(axis=0), 1e-300)
-    deviation_s = noise_s(seen, expected_s)
-    weight = np.ones(len(expected_s))
+    weight = np.ones(len(deviation_s))
     values = np.zeros(matrix.shape[1])
     for _ in range(rounds):
         rows = weight / deviation_s
@@ -282,11 +398,10 @@ def _solve(
         settled = np.allclose(new, values, rtol=1e-6, atol=0)
         values = new
         errors = np.abs(matrix @ values - seen.measured_s) / deviation_s
-        typical = max(1.0, float(np.median(errors)) / 0.6745)  # a noisier machine than assumed is no outlier
-        weight = np.sqrt(HUBER * typical / np.maximum(errors, HUBER * typical))
+        knee = HUBER * max(1.0, float(np.median(errors)) / 0.6745)  # a noisier machine than assumed is no outlier
+        weight = np.sqrt(knee / np.maximum(errors, knee))
         if settled:
             break
-    knee = HUBER * typical
     loss = np.where(errors <= knee, errors**2 / 2, knee * (errors - knee / 2)).sum()
     return float(loss), values
 
@@ -315,7 +430,14 @@ def term_parameters(
         heights = [matrix_work_s(tokens, each.knots, each.terms["per_token"]) for each in refits]
         knots.append(MatrixKnot(tokens=tokens, seconds=parameter(heights)))
     terms = {name: parameter([each.terms[name] for each in refits]) for name in TERMS}
-    return fitted, TermParameters(**terms, weights=parameter([each.weights_s for each in refits]), matrix_knots=knots)
+    hosts = [each.host for each in refits if each.host is not None]
+    host = {name: parameter([each.terms[name] for each in hosts]) for name in HOST_TERMS} if hosts else {}
+    return fitted, TermParameters(
+        **terms,
+        weights=parameter([each.weights_s for each in refits]),
+        matrix_knots=knots,
+        host=HostParameters(**host) if host else None,
+    )
 
 
 def held_out_errors(seen: Observations, fitted: TermFit) -> Floats:

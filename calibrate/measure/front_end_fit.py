@@ -41,21 +41,34 @@ def fit_front_end(
     iterations: pd.DataFrame,
     settings: EngineSettings,
     fitted: TermFit,
+    *,
+    shares_cores: bool,
 ) -> FrontEndCosts | None:
-    """Return the front end's costs; None when too little was measured."""
+    """Return the front end's costs; None when too little was measured.
+
+    Args:
+        points: finished ones.
+        requests: of all points, SENT_COLUMNS.
+        iterations: likewise, ITERATION_COLUMNS.
+        settings: of the engine.
+        fitted: to its iterations.
+        shares_cores: front end and engine are confined to the same cores, so that the front end's work on tokens is
+            part of what an iteration takes; where they are not, a token takes at least its CPU time besides.
+    """
     samples = [(label, sample) for label, sample in _samples(requests, iterations, settings)]
     together = [sample for _, sample in samples if len(sample.sent) >= FEWEST_TOGETHER]
     idle = [_IdleSample(sample, _engine_s(sample, iterations, fitted)) for label, sample in samples if _is_idle(label)]
     if len(together) < FEWEST_POINTS or not idle:
         return None
     parts: tuple[Sequence[Any], ...] = together, [sample for _, sample in samples], idle, list(points)
-    found = _costs(*parts)
+    found = _costs(*parts, shares_cores=shares_cores)
     if found is None:
         return None
     refits = [found]
     for number in range(RESAMPLES):
         rng = stream(0, "front end", number)
-        drawn = _costs(*([part[index] for index in rng.integers(len(part), size=len(part))] for part in parts))
+        chosen = [[part[index] for index in rng.integers(len(part), size=len(part))] for part in parts]
+        drawn = _costs(*chosen, shares_cores=shares_cores)
         refits += [drawn] if drawn is not None else []
     low, high = np.quantile(refits, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
     names = ("delay_s", "per_request_s", "per_prompt_token_s", "per_output_token_s")
@@ -96,11 +109,16 @@ def _costs(
     everything: Sequence[EntrySample],
     idle: Sequence[_IdleSample],
     points: Sequence[MeasuredPoint],
+    *,
+    shares_cores: bool,
 ) -> NDArray[np.float64] | None:
     """Return delay, and the work on a request, a prompt token and an output token; None without idle requests."""
     per_request_s = fit_entry(together).per_request_s
-    cpu_request_s, per_prompt_token_s = _cpu_s(points)
+    cpu_request_s, per_prompt_token_s, cpu_output_token_s = _cpu_s(points)
     per_output_token_s = _token_work_s(everything)
+    if not shares_cores:
+        # Log lines of a busy front end come late as well, so that its users' delay after them tells too little.
+        per_output_token_s = max(per_output_token_s, cpu_output_token_s)
     waits_s = [
         request.first_token_s
         - request.sent_s
@@ -156,18 +174,18 @@ def _token_work_s(samples: Sequence[EntrySample]) -> float:
     return float(values[1])
 
 
-def _cpu_s(points: Sequence[MeasuredPoint]) -> tuple[float, float]:
-    """Return CPU seconds of the API server a request and a prompt token; 0 where they were not measured."""
+def _cpu_s(points: Sequence[MeasuredPoint]) -> tuple[float, float, float]:
+    """Return CPU seconds of the API server a request, a prompt and an output token; 0 where they were not measured."""
     told = [point for point in points if point.front_end_cpu_s is not None]
     if len(told) < FEWEST_POINTS:
-        return 0.0, 0.0
+        return 0.0, 0.0, 0.0
     counts = np.array([[p.requests, p.prompt_tokens, p.output_tokens, p.iterations] for p in told], dtype=np.float64)
     spent_s = np.array([p.front_end_cpu_s for p in told], dtype=np.float64)
     weight = 1 / np.maximum(spent_s, 1e-3)  # relative, or the largest points would decide alone
     rows = counts * weight[:, None]
     scale = np.maximum(np.abs(rows).max(axis=0), 1e-12)
     costs = nnls(rows / scale, spent_s * weight)[0] / scale
-    return float(costs[0]), float(costs[1])
+    return float(costs[0]), float(costs[1]), float(costs[2])
 
 
 def _digits(value: float) -> float:

@@ -55,12 +55,9 @@ def fit_folder(measured: MeasurementFolder) -> MeasuredProfile:
     """
     meta = measured.meta
     assert meta is not None
-    closed = measured.iterations["point"].str.startswith("closed")
     sizes = graph_sizes(meta)
-    try:
-        seen = observations(measured.iterations[~closed].reset_index(drop=True))
-    except TooFewRecordsError as error:
-        raise MeasurementError(f"{measured.folder}: {error}") from error
+    settings = EngineSettings(**meta.settings)
+    seen = told(measured)
     fitted, parameters = term_parameters(seen, graph_sizes=sizes)
     errors = held_out_errors(seen, fitted)
     profile = Profile(
@@ -89,7 +86,12 @@ def fit_folder(measured: MeasurementFolder) -> MeasuredProfile:
         ),
         cuda_graph_sizes=list(sizes),
         front_end=fit_front_end(
-            meta.points, measured.requests, measured.iterations, EngineSettings(**meta.settings), fitted
+            meta.points,
+            measured.requests,
+            measured.iterations,
+            settings,
+            fitted,
+            shares_cores=bool(meta.cores),
         ),
         num_gpu_blocks=meta.num_gpu_blocks,
         provenance=provenance(meta),
@@ -100,10 +102,27 @@ def fit_folder(measured: MeasurementFolder) -> MeasuredProfile:
         fitted=fitted,
         observed=seen,
         held_out=errors,
-        check=_check(measured, fitted),
+        check=_check(measured, fitted, asynchronous=settings.async_scheduling),
         drift=drift(meta.points, decode_cycles_s(measured)),
         matched=float(measured.iterations["matched"].mean()),
     )
+
+
+def told(measured: MeasurementFolder) -> Observations:
+    """Return what a fit is made from: all points but the closed-loop ones.
+
+    Raises:
+        MeasurementError: there are too few usable records.
+    """
+    assert measured.meta is not None
+    closed = measured.iterations["point"].str.startswith("closed")
+    try:
+        return observations(
+            measured.iterations[~closed].reset_index(drop=True),
+            asynchronous=measured.meta.settings["async_scheduling"],
+        )
+    except TooFewRecordsError as error:
+        raise MeasurementError(f"{measured.folder}: {error}") from error
 
 
 def graph_sizes(meta: Meta) -> tuple[int, ...]:
@@ -148,12 +167,12 @@ def provenance(meta: Meta) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _check(measured: MeasurementFolder, fitted: TermFit) -> dict[str, float]:
+def _check(measured: MeasurementFolder, fitted: TermFit, *, asynchronous: bool) -> dict[str, float]:
     found = {}
     rows = measured.iterations
     for label in rows.loc[rows["point"].str.startswith("closed"), "point"].unique():
         try:
-            seen = observations(rows[rows["point"] == label].reset_index(drop=True))
+            seen = observations(rows[rows["point"] == label].reset_index(drop=True), asynchronous=asynchronous)
         except TooFewRecordsError:
             continue
         found[str(label).partition("#")[0]] = mean_error(seen, fitted)

@@ -275,7 +275,10 @@ class _Session:
         """The fit so far and the jitter of log lines, or rough ones."""
         rows = self._measured.iterations
         try:
-            seen = observations(rows[~rows["point"].str.startswith("closed")].reset_index(drop=True))
+            seen = observations(
+                rows[~rows["point"].str.startswith("closed")].reset_index(drop=True),
+                asynchronous=self._settings.async_scheduling,
+            )
         except TooFewRecordsError:
             return rough_fit(), 3e-3
         return fit_terms(seen, graph_sizes=self._graph_sizes), seen.jitter_s

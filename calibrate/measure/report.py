@@ -29,6 +29,9 @@ def print_measured(name: str, found: MeasuredProfile, console: Console) -> None:
         _add(table, field, getattr(terms, field), factor, unit)
     for knot in terms.matrix_knots:
         _add(table, f"matrix work of {knot.tokens} tokens", knot.seconds, 1e3, "ms")
+    if terms.host is not None:
+        for field, seconds in terms.host:
+            _add(table, f"host {field}", seconds, 1e6, "µs")
     if profile.front_end is not None:
         for field, seconds in profile.front_end:
             _add(table, f"front end {field.removesuffix('_s')}", seconds, 1e6, "µs")
