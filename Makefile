@@ -46,6 +46,7 @@ benchmarks: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks.classifier
 	$(BIN)/python -m benchmarks.outage_truth
 	$(BIN)/python -m benchmarks.router_truth
+	$(BIN)/python -m benchmarks.gpu_truth
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
