@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 
 from calibrate.fit.host_fit import HOST_TERMS, HostFit
-from calibrate.fit.iteration_fit import TermFit, fit_best, observations, term_parameters
+from calibrate.fit.iteration_fit import TermFit, fit_best, term_parameters
+from calibrate.fit.iteration_observations import observations
 from sim.service_curve import IterationWork
 from sim.streams import stream
 from tests.test_iteration_fit import measured

@@ -6,16 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from calibrate.fit.iteration_fit import (
-    TERMS,
-    Observations,
-    TermFit,
-    TooFewRecordsError,
-    fit_terms,
-    held_out_errors,
-    observations,
-    term_parameters,
-)
+from calibrate.fit.iteration_fit import TERMS, TermFit, fit_terms, held_out_errors, term_parameters
+from calibrate.fit.iteration_observations import Observations, TooFewRecordsError, observations
 from calibrate.measure.grid import candidates, lengths_of
 from calibrate.measure.iteration_records import reconstruct
 from sim.service_curve import IterationWork

@@ -17,7 +17,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from calibrate.fit.iteration_fit import LONGEST_STRETCH, SHARE_NOISE, TERMS, TermFit, design
+from calibrate.fit.iteration_fit import TERMS, TermFit, design
+from calibrate.fit.iteration_observations import LONGEST_STRETCH, SHARE_NOISE
 from sim.engine import Engine, EngineRequest
 from sim.fleet import EngineSettings
 from sim.service_curve import IterationWork

@@ -6,15 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from calibrate.fit.iteration_fit import (
-    Observations,
-    TermFit,
-    TooFewRecordsError,
-    held_out_errors,
-    mean_error,
-    observations,
-    term_parameters,
-)
+from calibrate.fit.iteration_fit import TermFit, held_out_errors, mean_error, term_parameters
+from calibrate.fit.iteration_observations import Observations, TooFewRecordsError, observations
 from calibrate.measure.files import MeasuredPoint, MeasurementError, MeasurementFolder, Meta
 from calibrate.measure.front_end_fit import fit_front_end
 from sim.catalogue import find_gpu

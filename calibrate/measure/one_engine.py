@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from calibrate.fit.iteration_fit import TermFit, TooFewRecordsError, fit_terms, observations
+from calibrate.fit.iteration_fit import TermFit, fit_terms
+from calibrate.fit.iteration_observations import TooFewRecordsError, observations
 from calibrate.measure.client import PointClient, RequestFailedError
 from calibrate.measure.engine_under_test import EngineGoneError, EngineUnderTest, Start
 from calibrate.measure.files import MeasuredPoint, MeasurementError, MeasurementFolder, Meta
