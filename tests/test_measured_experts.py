@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from calibrate.measure.measured_experts import calibrated_yaml, distinct_experts
+from calibrate.measure.files import MeasurementError
+from calibrate.measure.measured_experts import calibrated_yaml, distinct_experts, write_text
 from sim.fleet_file import LoadedFleetFile, load_fleet, parse_fleet
 from sim.resolve import resolve_fleet
 from tests.profiles import profile_json
@@ -70,3 +71,9 @@ def test_the_calibrated_file_simulates_with_its_profiles_and_router_times(tmp_pa
     assert fleet.router is not None
     assert (fleet.router.per_request_s, fleet.router.per_output_token_s, fleet.router.workers) == (1e-3, 2e-5, 2)
     assert resolve_fleet(file, "two").router is None
+
+
+def test_a_file_that_cannot_be_written_is_told_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file, where a folder is wanted")
+    with pytest.raises(MeasurementError, match=r"router\.json: cannot be written .* is kept: make room"):
+        write_text(tmp_path / "taken" / "router.json", "{}")

@@ -100,8 +100,9 @@ def measure_experts(
             if confusion is not None:
                 fields[name]["confusion"] = confusion
                 messages.print(_told(confusion), highlight=False)
-        write_text(out / CALIBRATED_FILE, calibrated_yaml(file, profiles, fields, f"written by {command}"))
-        messages.print(f"wrote {out / CALIBRATED_FILE}; simulate takes it as it is", highlight=False)
+        if profiles or not chosen:
+            write_text(out / CALIBRATED_FILE, calibrated_yaml(file, profiles, fields, f"written by {command}"))
+            messages.print(f"wrote {out / CALIBRATED_FILE}; simulate takes it as it is", highlight=False)
     return complete
 
 

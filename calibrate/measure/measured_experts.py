@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from calibrate.measure.files import MeasurementError
 from sim.fleet_file import LoadedFleetFile
 from sim.mistakes import did_you_mean
 from sim.spec import ExpertSpec, FleetFile
@@ -106,8 +107,19 @@ def _key(spec: ExpertSpec) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file at once: all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file at once: all of it or nothing.
+
+    Raises:
+        MeasurementError: it cannot be written.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise MeasurementError(
+            f"{path}: cannot be written ({error.strerror or error}); what was measured is kept: make room and give the "
+            "same command again"
+        ) from error

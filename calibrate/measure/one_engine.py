@@ -1,6 +1,7 @@
 """Measuring one real engine: point after point within a budget, every point written before the next begins."""
 
 import asyncio
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -46,6 +47,8 @@ MOST_TIMES = 3
 CHECK_SHARE = 0.15
 """Of the budget, for closed-loop users kept aside as a check."""
 MOST_RESTARTS = 2
+LEAST_FREE_BYTES = 2**20
+"""Of the disk that the engine logs to: below it a log without iterations is blamed on it."""
 WARM_UP = Point(kind="steps", requests=8, prompt_tokens=16, output_tokens=8)
 
 Progress = Callable[[float, str], None]
@@ -267,10 +270,19 @@ class _Session:
             sent_frame(sent),
         )
         if not len(records):
-            raise MeasurementError(
-                f"{self._engine.log} has no iterations: the engine must run with --enable-logging-iteration-details "
-                "and the logging configuration of real.experts.iteration_log"
+            raise MeasurementError(self._why_no_iterations())
+
+    def _why_no_iterations(self) -> str:
+        log = self._engine.log
+        if shutil.disk_usage(log.parent).free < LEAST_FREE_BYTES:
+            return (
+                f"{log} cannot grow, its disk is full; the points before are kept: make room and give the same command "
+                "again"
             )
+        return (
+            f"{log} has no iterations: the engine must run with --enable-logging-iteration-details and the logging "
+            "configuration of real.experts.iteration_log"
+        )
 
     def _fit(self) -> tuple[TermFit, float]:
         """The fit so far and the jitter of log lines, or rough ones."""
