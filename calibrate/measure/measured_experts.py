@@ -1,6 +1,7 @@
 """Which experts of a fleet file to measure, and the file with what was measured of them."""
 
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,8 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise MeasurementError(
             f"{path}: cannot be written ({error.strerror or error}); what was measured is kept: make room and give the "
             "same command again"
