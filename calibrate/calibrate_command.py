@@ -67,12 +67,8 @@ def validate_command(
     with the reason.
     """
     from calibrate.tables.bench_results import SUFFIXES, read_bench_results
-    from calibrate.tables.measured_runs import (
-        MeasurementError,
-        read_measured_requests,
-        read_measured_runs,
-        run_of_settings,
-    )
+    from calibrate.tables.csv_table import TableError
+    from calibrate.tables.measured_runs import read_measured_requests, read_measured_runs, run_of_settings
     from calibrate.validate.error_report import print_validation
     from calibrate.validate.roofline_predictor import ProfilePredictor, RooflinePredictor
     from calibrate.validate.validate import validate, write_errors
@@ -122,7 +118,7 @@ def validate_command(
 
             written = write_accuracy_report(found, report, command=_command_line(), peers=peers)
             messages.print(f"wrote {', '.join(str(path) for path in written)}", highlight=False)
-    except (MeasurementError, ProfileError, UnknownNameError, OSError) as error:
+    except (TableError, ProfileError, UnknownNameError, OSError) as error:
         messages.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(2) from None
 

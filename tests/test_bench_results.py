@@ -6,7 +6,8 @@ import pytest
 from click.testing import CliRunner
 
 from calibrate.tables.bench_results import read_bench_results
-from calibrate.tables.measured_runs import MeasurementError, run_of_settings
+from calibrate.tables.csv_table import TableError
+from calibrate.tables.measured_runs import run_of_settings
 from sim.cli import main
 
 ENGINE = run_of_settings(["gpu=H100", "model=llama-3.1-8b", "max_num_seqs=64", "engine_version=0.26.0"])
@@ -76,5 +77,5 @@ def test_aiperf_records_become_a_run(tmp_path: Path) -> None:
 def test_a_file_of_another_kind_is_refused_by_name(tmp_path: Path, text: str) -> None:
     path = tmp_path / "result.json"
     path.write_text(text)
-    with pytest.raises(MeasurementError, match=r"result\.json"):
+    with pytest.raises(TableError, match=r"result\.json"):
         read_bench_results(path, ENGINE)

@@ -4,13 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from calibrate.tables.measured_runs import (
-    METRICS,
-    MeasurementError,
-    read_measured_requests,
-    read_measured_runs,
-    run_of_settings,
-)
+from calibrate.tables.csv_table import TableError
+from calibrate.tables.measured_runs import METRICS, read_measured_requests, read_measured_runs, run_of_settings
 from tests.measured_tables import GROUND_TRUTH, ROW, write_table
 
 RUNS = GROUND_TRUTH / "serving_runs.csv"
@@ -43,19 +38,19 @@ def test_a_broken_cell_is_named_with_file_line_column_and_value(
     tmp_path: Path, column: str, value: str, expected: str
 ) -> None:
     path = write_table(tmp_path / "runs.csv", [ROW, ROW | {"run_id": "ours/a/s1", column: value}])
-    with pytest.raises(MeasurementError) as caught:
+    with pytest.raises(TableError) as caught:
         read_measured_runs(path)
     assert f"{path}: line 3: column {column!r}: got {value!r}, expected {expected}" in str(caught.value)
 
 
 def test_missing_columns_are_listed(tmp_path: Path) -> None:
     row = {column: value for column, value in ROW.items() if column not in ("gpu", "tp")}
-    with pytest.raises(MeasurementError, match=r"line 1: columns missing: gpu, tp$"):
+    with pytest.raises(TableError, match=r"line 1: columns missing: gpu, tp$"):
         read_measured_runs(write_table(tmp_path / "runs.csv", [row]))
 
 
 def test_a_run_may_occur_once(tmp_path: Path) -> None:
-    with pytest.raises(MeasurementError, match=r"line 3: column 'run_id'.*line 2 has it too"):
+    with pytest.raises(TableError, match=r"line 3: column 'run_id'.*line 2 has it too"):
         read_measured_runs(write_table(tmp_path / "runs.csv", [ROW, ROW]))
 
 
@@ -63,7 +58,7 @@ def test_a_truncated_table_names_line_and_column(tmp_path: Path) -> None:
     path = write_table(tmp_path / "runs.csv", [ROW, ROW | {"run_id": "ours/a/s1"}])
     text = path.read_text()
     path.write_text(text[: text.rindex("4096.0")])
-    with pytest.raises(MeasurementError, match=r"line 3: column 'max_model_len'.*truncated"):
+    with pytest.raises(TableError, match=r"line 3: column 'max_model_len'.*truncated"):
         read_measured_runs(path)
 
 
@@ -71,12 +66,12 @@ def test_a_truncated_compressed_table_says_so(tmp_path: Path) -> None:
     path = tmp_path / "requests.csv.gz"
     packed = gzip.compress(b"run_id,arrival_s,in_tok,out_tok,ttft_s,e2e_s\n" + b"a,0.5,10,20,0.1,0.9\n" * 5000)
     path.write_bytes(packed[: len(packed) // 2])
-    with pytest.raises(MeasurementError, match="truncated"):
+    with pytest.raises(TableError, match="truncated"):
         read_measured_requests(path)
 
 
 def test_a_file_that_is_not_there_is_a_measurement_error(tmp_path: Path) -> None:
-    with pytest.raises(MeasurementError, match="cannot be read"):
+    with pytest.raises(TableError, match="cannot be read"):
         read_measured_runs(tmp_path / "none.csv")
 
 
@@ -97,7 +92,7 @@ def test_settings_of_an_engine_are_checked_like_cells() -> None:
     run = run_of_settings(["gpu=H100", "tp=2", "prefix_caching=False"])
     assert (run.gpu, run.tp, run.prefix_caching) == ("H100", 2, False)
     for wrong in (["gpu=H100", "tp=x"], ["gpu=H100", "colour=red"], ["gpu"], []):
-        with pytest.raises(MeasurementError):
+        with pytest.raises(TableError):
             run_of_settings(wrong)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from calibrate.fit.operators import operator_factors, read_operators
-from calibrate.tables.measured_runs import MeasurementError
+from calibrate.tables.csv_table import TableError
 from sim.factors import GemmFactors, packaged_factors
 from tests.measured_tables import write_table
 
@@ -51,7 +51,7 @@ def test_efficiencies_are_those_that_made_the_times_and_the_rest_is_packaged(tmp
     ],
 )
 def test_a_broken_cell_names_file_line_and_column(tmp_path: Path, cell: dict[str, object], message: str) -> None:
-    with pytest.raises(MeasurementError) as caught:
+    with pytest.raises(TableError) as caught:
         read_operators(table(tmp_path, {}, cell))
     assert str(caught.value) == f"{tmp_path / 'ops.csv'}: line 43: {message}"
 
@@ -60,15 +60,15 @@ def test_a_truncated_table_says_so(tmp_path: Path) -> None:
     path = table(tmp_path)
     text = path.read_text(encoding="utf-8")
     path.write_text(text[: len(text) // 2], encoding="utf-8")
-    with pytest.raises(MeasurementError, match=r"ops\.csv: line \d+: column '\w+': the row ends after"):
+    with pytest.raises(TableError, match=r"ops\.csv: line \d+: column '\w+': the row ends after"):
         read_operators(path)
     packed = tmp_path / "ops.csv.gz"
     packed.write_bytes(gzip.compress(text.encode())[:-40])
-    with pytest.raises(MeasurementError, match=r"ops\.csv\.gz: after line \d+: the compressed file is broken"):
+    with pytest.raises(TableError, match=r"ops\.csv\.gz: after line \d+: the compressed file is broken"):
         read_operators(packed)
 
 
 def test_a_table_without_such_operators_says_so(tmp_path: Path) -> None:
     path = write_table(tmp_path / "ops.csv", [gemm(1, 1, 1) | {"op": "rotary_emb"}])
-    with pytest.raises(MeasurementError, match="no row of gemm, attn_decode"):
+    with pytest.raises(TableError, match="no row of gemm, attn_decode"):
         read_operators(path)

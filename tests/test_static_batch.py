@@ -8,7 +8,8 @@ from calibrate.fit.fit import fit
 from calibrate.fit.held_out import quantization_errors
 from calibrate.fit.observations import observe
 from calibrate.fit.parameters import ASYNCHRONOUS, CORRECTIONS, OVERHEADS, V0, group_of_version, overhead_columns
-from calibrate.tables.measured_runs import MeasuredRun, MeasurementError
+from calibrate.tables.csv_table import TableError
+from calibrate.tables.measured_runs import MeasuredRun
 from calibrate.tables.static_batch import read_static_batches
 from tests.measured_tables import write_table
 from tests.synthetic_runs import TRUTH, by_linear_model, loads
@@ -128,7 +129,7 @@ def test_v0_is_what_came_before_0_8_or_says_so(text: str, is_v0: bool) -> None:
     ],
 )
 def test_a_broken_cell_names_file_line_and_column(tmp_path: Path, cell: dict[str, object], message: str) -> None:
-    with pytest.raises(MeasurementError) as caught:
+    with pytest.raises(TableError) as caught:
         read_static_batches(table(tmp_path, {}, cell))
     assert str(caught.value).startswith(f"{tmp_path / 'static.csv'}: {message}")
 
@@ -136,8 +137,8 @@ def test_a_broken_cell_names_file_line_and_column(tmp_path: Path, cell: dict[str
 def test_a_truncated_table_names_line_and_column(tmp_path: Path) -> None:
     path = table(tmp_path, {}, {})
     path.write_text(path.read_text(encoding="utf-8")[:-60], encoding="utf-8")
-    with pytest.raises(MeasurementError, match=r"static\.csv: line 3: column '\w+': the row ends after"):
+    with pytest.raises(TableError, match=r"static\.csv: line 3: column '\w+': the row ends after"):
         read_static_batches(path)
     path.write_text("run_id,model\n", encoding="utf-8")
-    with pytest.raises(MeasurementError, match="line 1: columns missing: engine, engine_version, weight_dtype"):
+    with pytest.raises(TableError, match="line 1: columns missing: engine, engine_version, weight_dtype"):
         read_static_batches(path)

@@ -82,7 +82,7 @@ def fit_command(
     from calibrate.fit.operators import operator_factors, read_operators
     from calibrate.fit.parameters import group_of_version
     from calibrate.fit.profiles import make_profile, provenance_of, write_profiles
-    from calibrate.tables.measured_runs import MeasurementError, read_measured_runs
+    from calibrate.tables.measured_runs import read_measured_runs
     from calibrate.tables.static_batch import read_static_batches
 
     messages, console = Console(stderr=True), wide_console()
@@ -122,7 +122,7 @@ def fit_command(
             for key in keys
         ]
         written = write_profiles(profiles, out)
-    except (MeasurementError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         messages.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(2) from None
     known = {each: knowledge(calibration, each) for each in calibration.overheads}

@@ -10,7 +10,7 @@ import pandas as pd
 
 from calibrate.fit import kernel_factors
 from calibrate.fit.kernel_factors import Factor
-from calibrate.tables.csv_table import MeasurementError, cell_mistake, number_cell, table_rows
+from calibrate.tables.csv_table import TableError, cell_mistake, number_cell, table_rows
 from sim.catalogue import UnknownNameError, find_gpu
 from sim.factors import Factors, packaged_factors
 
@@ -30,7 +30,7 @@ def read_operators(path: Path) -> pd.DataFrame:
     """Read the rows of operators that a fit uses (CSV, also gzipped), one per measured kernel.
 
     Raises:
-        MeasurementError: the file cannot be read, lacks a required column, a cell is not what its column holds, or no
+        TableError: the file cannot be read, lacks a required column, a cell is not what its column holds, or no
             row is of such an operator.
     """
     rows: list[dict[str, object]] = []
@@ -48,7 +48,7 @@ def read_operators(path: Path) -> pd.DataFrame:
             found[name] = value
         rows.append(found)
     if not rows:
-        raise MeasurementError(f"{path}: no row of {', '.join(NEEDED)}: nothing to set kernel efficiencies by")
+        raise TableError(f"{path}: no row of {', '.join(NEEDED)}: nothing to set kernel efficiencies by")
     table = pd.DataFrame(rows)
     for name in ("kernel", "kv_dtype"):
         table[name] = table[name].astype("string")

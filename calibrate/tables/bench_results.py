@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from calibrate.tables.measured_runs import METRICS, MeasuredRequests, MeasuredRun, MeasurementError
+from calibrate.tables.csv_table import TableError
+from calibrate.tables.measured_runs import METRICS, MeasuredRequests, MeasuredRun
 from sim.metrics import distribution
 
 SUFFIXES = (".json", ".jsonl")
@@ -31,13 +32,13 @@ def read_bench_results(path: Path, engine: MeasuredRun) -> list[tuple[MeasuredRu
         engine: fields of the engine; the load and the figures are replaced, and an empty ``model`` is the file's.
 
     Raises:
-        MeasurementError: the file cannot be read or is none of the formats.
+        TableError: the file cannot be read or is none of the formats.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise MeasurementError(f"{path}: cannot be read: {reason}") from error
+        raise TableError(f"{path}: cannot be read: {reason}") from error
     try:
         if path.suffix == ".jsonl":
             return [_aiperf(path, [json.loads(line) for line in text.splitlines() if line.strip()], engine)]
@@ -46,14 +47,14 @@ def read_bench_results(path: Path, engine: MeasuredRun) -> list[tuple[MeasuredRu
             return [_guidellm(path, i, each, engine) for i, each in enumerate(result["benchmarks"])]
         return [_vllm(path, result, engine)]
     except json.JSONDecodeError as error:
-        raise MeasurementError(f"{path}: line {error.lineno}: not JSON: {error.msg}; is the file truncated?") from error
+        raise TableError(f"{path}: line {error.lineno}: not JSON: {error.msg}; is the file truncated?") from error
     except KeyError as error:
-        raise MeasurementError(
+        raise TableError(
             f"{path}: key {error} is missing; expected a result of vllm bench serve --save-detailed, GuideLLM's "
             "benchmarks.json or AIPerf's profile_export.jsonl"
         ) from error
     except (TypeError, ValueError, AttributeError) as error:
-        raise MeasurementError(f"{path}: not as its format says: {error}") from error
+        raise TableError(f"{path}: not as its format says: {error}") from error
 
 
 def _vllm(path: Path, result: Mapping[str, Any], engine: MeasuredRun) -> tuple[MeasuredRun, MeasuredRequests]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 
-class MeasurementError(ValueError):
+class TableError(ValueError):
     """A table of measurements that cannot be read; names file, line, column, value and what was expected."""
 
 
@@ -22,26 +22,26 @@ def table_rows(path: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dic
             header = next(reader, [])
             missing = [name for name in required if name not in header]
             if missing:
-                raise MeasurementError(f"{path}: line 1: columns missing: {', '.join(missing)}")
+                raise TableError(f"{path}: line 1: columns missing: {', '.join(missing)}")
             for cells in reader:
                 if not cells:
                     continue
                 if len(cells) != len(header):
                     last = header[min(len(cells), len(header)) - 1]
-                    raise MeasurementError(
+                    raise TableError(
                         f"{path}: line {reader.line_num}: column {last!r}: the row ends after {len(cells)} cells, "
                         f"expected {len(header)}; is the file truncated?"
                     )
                 line = reader.line_num
                 yield line, dict(zip(header, cells, strict=True))
     except csv.Error as error:
-        raise MeasurementError(f"{path}: line {reader.line_num}: {error}; is the file truncated?") from error
+        raise TableError(f"{path}: line {reader.line_num}: {error}; is the file truncated?") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         what = f"after line {line}: the compressed file is broken: {error}; truncated?"
-        raise MeasurementError(f"{path}: {what}") from error
+        raise TableError(f"{path}: {what}") from error
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise MeasurementError(f"{path}: cannot be read: {reason}") from error
+        raise TableError(f"{path}: cannot be read: {reason}") from error
 
 
 def _open(path: Path) -> IO[str]:
@@ -54,7 +54,7 @@ def number_cell(path: Path, line: int, row: Mapping[str, str], column: str, *, r
     """Return a cell that holds a number >= 0; NaN where it is empty.
 
     Raises:
-        MeasurementError: it holds anything else, or is empty and ``required``.
+        TableError: it holds anything else, or is empty and ``required``.
     """
     cell = row.get(column, "")
     if not cell:
@@ -74,7 +74,7 @@ def parsed_cell(path: Path, line: int, column: str, cell: str, parse: Callable[[
     """Return what ``parse`` makes of a cell; its ValueError says what was expected.
 
     Raises:
-        MeasurementError: ``parse`` refuses it.
+        TableError: ``parse`` refuses it.
     """
     try:
         return parse(cell)
@@ -82,6 +82,6 @@ def parsed_cell(path: Path, line: int, column: str, cell: str, parse: Callable[[
         raise cell_mistake(path, line, column, cell, str(error)) from None
 
 
-def cell_mistake(path: Path, line: int, column: str, cell: str, expected: str) -> MeasurementError:
+def cell_mistake(path: Path, line: int, column: str, cell: str, expected: str) -> TableError:
     """Return the error for a cell that is not what its column holds."""
-    return MeasurementError(f"{path}: line {line}: column {column!r}: got {cell!r}, expected {expected}")
+    return TableError(f"{path}: line {line}: column {column!r}: got {cell!r}, expected {expected}")

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calibrate.tables.csv_table import MeasurementError as MeasurementError
-from calibrate.tables.csv_table import cell_mistake, number_cell, parsed_cell, table_rows
+from calibrate.tables.csv_table import TableError, cell_mistake, number_cell, parsed_cell, table_rows
 
 METRICS = (
     *(f"{latency}_{part}" for latency in ("ttft", "tpot", "e2e", "itl") for part in ("mean", "p50", "p90", "p99")),
@@ -172,7 +171,7 @@ def read_measured_runs(path: Path) -> list[MeasuredRun]:
     """Read a table of runs (CSV, also gzipped), one per row; columns it does not know are passed over.
 
     Raises:
-        MeasurementError: the file cannot be read, lacks a required column, or a cell is not what its column holds.
+        TableError: the file cannot be read, lacks a required column, or a cell is not what its column holds.
     """
     parsers = {field.name: (_column_of(field.name), _parser(field.type)) for field in fields(MeasuredRun)}
     runs: list[MeasuredRun] = []
@@ -200,7 +199,7 @@ def run_of_settings(settings: Iterable[str]) -> MeasuredRun:
     """Return a run with fields from ``COLUMN=VALUE`` texts, columns as in the table of runs; the rest is empty.
 
     Raises:
-        MeasurementError: a text without ``=``, an unknown column, or a value that is not what the column holds.
+        TableError: a text without ``=``, an unknown column, or a value that is not what the column holds.
     """
     by_column = {_column_of(field.name): field for field in fields(MeasuredRun)}
     values: dict[str, Any] = dict.fromkeys(("run_id", "exp", "engine", "engine_version", "model", "load_type"), "")
@@ -208,13 +207,13 @@ def run_of_settings(settings: Iterable[str]) -> MeasuredRun:
     for setting in settings:
         column, equals, cell = setting.partition("=")
         if not equals or column not in by_column:
-            raise MeasurementError(f"{setting!r}: expected COLUMN=VALUE with a column of the table of runs")
+            raise TableError(f"{setting!r}: expected COLUMN=VALUE with a column of the table of runs")
         try:
             values[by_column[column].name] = _parser(by_column[column].type)(cell)
         except ValueError as error:
-            raise MeasurementError(f"{setting!r}: expected {error}") from None
+            raise TableError(f"{setting!r}: expected {error}") from None
     if not values.get("gpu"):
-        raise MeasurementError("the GPU is not known; give gpu=NAME")
+        raise TableError("the GPU is not known; give gpu=NAME")
     return MeasuredRun(**values)
 
 
@@ -222,7 +221,7 @@ def read_measured_requests(path: Path) -> dict[str, MeasuredRequests]:
     """Read a table of requests (CSV, also gzipped) into one entry per run, each in order of arrival.
 
     Raises:
-        MeasurementError: as ``read_measured_runs``.
+        TableError: as ``read_measured_runs``.
     """
     columns: dict[str, list[tuple[float, ...]]] = {}
     for line, row in table_rows(path, _REQUEST_REQUIRED):

@@ -20,7 +20,7 @@ def read_static_batches(path: Path) -> list[MeasuredRun]:
     """Read a table of static batches (CSV, also gzipped), one per row; columns it does not know are passed over.
 
     Raises:
-        MeasurementError: the file cannot be read, lacks a required column, or a cell is not what its column holds.
+        TableError: the file cannot be read, lacks a required column, or a cell is not what its column holds.
     """
     runs: list[MeasuredRun] = []
     for line, row in table_rows(path, REQUIRED):

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from calibrate.tables.contradictions import RULE, contradictions, doubtful_runs
-from calibrate.tables.measured_runs import METRICS, MeasurementError
+from calibrate.tables.csv_table import TableError
+from calibrate.tables.measured_runs import METRICS
 from calibrate.tables.run_engine import gpu_of_run
 from calibrate.validate.error_tables import (
     GROUPINGS,
@@ -64,7 +65,7 @@ def write_accuracy_report(validation: Validation, folder: Path, *, command: str,
         peers: errors of other simulators (``peer_accuracy.csv``), or None.
 
     Raises:
-        MeasurementError: ``peers`` cannot be read.
+        TableError: ``peers`` cannot be read.
     """
     peer_figures = {} if peers is None else read_peer_figures(peers)
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +81,7 @@ def read_peer_figures(path: Path) -> dict[str, PeerFigure]:
     Simulators that were fitted on the very runs, or scored on fewer than ten, are passed over.
 
     Raises:
-        MeasurementError: the file cannot be read or lacks a column.
+        TableError: the file cannot be read or lacks a column.
     """
     best: dict[str, PeerFigure] = {}
     try:
@@ -102,7 +103,7 @@ def read_peer_figures(path: Path) -> dict[str, PeerFigure]:
                 if found.runs >= FEWEST_PEER_RUNS and (metric not in best or found.mean_pct < best[metric].mean_pct):
                     best[metric] = found
     except (OSError, KeyError, ValueError, TypeError) as error:
-        raise MeasurementError(f"{path}: not a table of peers' errors: {error!r}") from error
+        raise TableError(f"{path}: not a table of peers' errors: {error!r}") from error
     return best
 
 
