@@ -7,7 +7,7 @@ from rich.console import Console
 from calibrate.predictor import PredictedEngine
 from calibrate.tables.contradictions import MARGIN, contradictions, doubtful_runs
 from calibrate.tables.measured_runs import MeasuredRun, read_measured_runs
-from calibrate.validate.accuracy_report import write_accuracy_report
+from calibrate.validate.accuracy_report import checked_for_real, write_accuracy_report
 from calibrate.validate.error_report import print_validation
 from calibrate.validate.validate import validate
 from tests.fleets import AffineCurve
@@ -98,3 +98,11 @@ class Known:
 
     def engine_of(self, run: MeasuredRun) -> PredictedEngine:
         return self._engine
+
+
+def test_the_report_quotes_the_real_checks_beside_it(tmp_path: Path) -> None:
+    assert checked_for_real(tmp_path) == []
+    (tmp_path / "check-mine.md").write_text("# mine: checked\n\nMade on a desk by\n\n    it\n\n- PASS: all\n- 2\n- 3\n")
+    heading, _, lines = checked_for_real(tmp_path)
+    assert heading == "## Checked for real"
+    assert lines == "- [mine: checked](check-mine.md). Made on a desk\n  - PASS: all\n  - 2"

@@ -30,6 +30,8 @@ from calibrate.validate.validate import COVERAGE, ErrorRow, Validation
 from sim.plots import COLOURS, GREY, MARKERS, STYLE, save_picture
 from sim.profile import ASSUMED_ERROR_GROWTH
 
+MOST_VERDICTS = 2
+"""Lines quoted from each page of a real check."""
 PICTURE = "accuracy.png"
 BAND = 0.1
 WORST_SHOWN = 8
@@ -71,7 +73,8 @@ def write_accuracy_report(validation: Validation, folder: Path, *, command: str,
     folder.mkdir(parents=True, exist_ok=True)
     page, picture = folder / "accuracy.md", folder / PICTURE
     save_picture(predicted_against_measured(validation), picture, "png")
-    page.write_text("\n\n".join(_page(validation, command, peer_figures)) + "\n", encoding="utf-8")
+    parts = [*_page(validation, command, peer_figures), *checked_for_real(folder)]
+    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return [page, picture]
 
 
@@ -168,6 +171,17 @@ def _page(validation: Validation, command: str, peers: Mapping[str, PeerFigure])
     yield "## Assumed beyond the tables"
     yield "What a row does not say and the replay needs, with the number of runs it was assumed for:"
     yield _assumptions(rows)
+
+
+def checked_for_real(folder: Path) -> list[str]:
+    """Return a section on the pages ``check-*.md`` beside the report: real fleets, run and predicted; none without."""
+    lines = []
+    for page in sorted(folder.glob("check-*.md")):
+        title, made, *rest = (part for part in page.read_text(encoding="utf-8").split("\n\n") if part.strip())
+        verdicts = next((part.splitlines() for part in rest if part.startswith("- ")), [])
+        lines.append(f"- [{title.lstrip('# ')}]({page.name}). {made.strip().removesuffix(' by')}")
+        lines += [f"  {line}" for line in verdicts if line.startswith("- ")][:MOST_VERDICTS]
+    return ["## Checked for real", "Whole fleets, predicted and then run:", "\n".join(lines)] if lines else []
 
 
 def _in_sample(rows: Sequence[ErrorRow]) -> str:
