@@ -7,9 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ import real.serving.supervisor
 from real.experts.checkpoints import Checkpoint
 from real.experts.expert_server import EngineFailedError, ExpertServer
 from real.processes.guarded_process import child_environment
+from real.processes.ports import port_is_free
 from real.serving.fleet import STATE_FILE, RunningFleet, read_state, serving
 from sim.cli import main
 from sim.fleet_file import FleetFileError, LoadedFleetFile, parse_fleet
@@ -69,8 +73,6 @@ def file(unused_ports: Callable[[int], int]) -> LoadedFleetFile:
 
 @pytest.fixture
 def unused_ports() -> Callable[[int], int]:
-    from real.experts.expert_server import port_is_free
-
     def find(count: int) -> int:
         for first in range(23000 + os.getpid() % 1000 * 8, 60000, 8):
             if all(port_is_free(port) for port in range(first, first + count)):
@@ -196,6 +198,54 @@ def test_a_port_in_use_is_said_before_anything_starts(file: LoadedFleetFile, tmp
             fleet.start()
         assert groups_of(fleet) == []
         fleet.stop()
+
+
+def test_of_two_fleets_that_start_at_once_one_is_refused(
+    file: LoadedFleetFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STAND_IN_START_S", "3")
+    first = RunningFleet(file, "direct", logs=tmp_path / "first")
+    second = RunningFleet(file, "routed", logs=tmp_path / "second")
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(first.start)
+        assert becomes_true(lambda: first.servers[0].is_running, 10)
+        assert port_is_free(file.serve.expert_port)  # so it seems until the engine listens
+        with pytest.raises(EngineFailedError, match=rf"port {file.serve.expert_port} is another fleet's; set serve"):
+            second.start()
+        second.stop()
+        starting.result()
+    first.stop()
+    with serving(file, "direct", logs=tmp_path / "third"):
+        pass
+
+
+def test_somebody_else_who_answers_on_its_port_does_not_make_an_engine_ready(
+    file: LoadedFleetFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STAND_IN_START_S", "2")
+    fleet = RunningFleet(file, "direct", logs=tmp_path)
+    server = fleet.servers[0]
+    server.start()
+    with HTTPServer(("127.0.0.1", file.serve.expert_port), Healthy) as other:
+        thread = threading.Thread(target=other.serve_forever, daemon=True)
+        thread.start()
+        with pytest.raises(EngineFailedError, match=r"code/0: its port is in use \(.*Address already in use\); log"):
+            server.wait_until_ready(30)
+        other.shutdown()
+        thread.join()
+    fleet.stop()
+
+
+class Healthy(BaseHTTPRequestHandler):
+    """Calls itself healthy, whoever it is."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *values: object) -> None:
+        """Say nothing."""
 
 
 def test_a_gateway_for_the_world_without_keys_is_refused_before_anything_starts(

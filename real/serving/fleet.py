@@ -18,17 +18,17 @@ from pydantic import ValidationError
 from real.experts.checkpoints import Checkpoint, find_checkpoint
 from real.experts.cores import memory_warning, place_replicas, runs_on_cpu, usable_cores
 from real.experts.expert_server import (
-    LOOPBACK,
     START_LIMIT_S,
     EngineFailedError,
     ExpertServer,
     ReplicaAddress,
     ReplicaPlan,
     plan_replica,
-    port_is_free,
 )
 from real.gateway.config import GatewayConfig, gateway_config
+from real.loopback import LOOPBACK
 from real.processes.guarded_process import LifeLine
+from real.processes.ports import PortClaims, port_is_free
 from real.router.classifier import load_classifier
 from real.serving.gateway_process import GatewayProcess
 from real.serving.supervisor import Supervisor, Tell
@@ -107,6 +107,7 @@ class RunningFleet:
             raise FleetFileError([str(error)]) from None
         self.logs.mkdir(parents=True, exist_ok=True)
         self._life = LifeLine()
+        self._claims = PortClaims()
         self.servers = [ExpertServer(plan, logs=self.logs, life=self._life) for plan in self.plans]
         self._gateway: GatewayProcess | None = None
         if self._config is not None:
@@ -147,6 +148,8 @@ class RunningFleet:
         for place, port in self._ports():
             if not port_is_free(port):
                 raise EngineFailedError(f"port {port} is in use; set {place} to another, or end what uses it")
+            if not self._claims.claim(port):
+                raise EngineFailedError(f"port {port} is another fleet's; set {place} to another, or end that fleet")
         if self._gateway is not None:
             self._check_gateway()
         self.supervisor.start(limit_s)
@@ -158,6 +161,7 @@ class RunningFleet:
         """Stop everything: the gateway drains first. May be called again."""
         self.supervisor.stop(drain_s=drain_s)
         self._life.close()
+        self._claims.release()
         (self.logs / STATE_FILE).unlink(missing_ok=True)
 
     def kill(self) -> None:
