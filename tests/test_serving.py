@@ -114,6 +114,8 @@ def test_a_fleet_serves_while_the_block_runs_and_nothing_is_left_after_it(
     assert {path.name for path in tmp_path.glob("*.log")} == {"code-0.log", "chat-0.log", "chat-1.log", "gateway.log"}
     assert (tmp_path / "gateway.log").read_text().endswith("draining\ndrained\n")
     assert any(line.startswith("gateway: ready after") for line in told)
+    assert told[:2] == ["code: random weights", "chat: random weights"]
+    assert f"starting 3 engine(s), logs in {tmp_path}" in told
 
 
 def test_a_fleet_without_a_router_is_its_expert(file: LoadedFleetFile, tmp_path: Path) -> None:

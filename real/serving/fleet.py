@@ -46,6 +46,9 @@ REQUEST_LOG = "requests.jsonl"
 
 DEFAULT_LOGS = Path("logs")
 
+WARNING = "warning: "
+"""Begins a line told of what the user ought to know."""
+
 
 class RunningFleet:
     """A fleet that is being served.
@@ -152,6 +155,11 @@ class RunningFleet:
                 raise EngineFailedError(f"port {port} is another fleet's; set {place} to another, or end that fleet")
         if self._gateway is not None:
             self._check_gateway()
+        for expert, checkpoint in self.checkpoints.items():
+            self._tell(f"{expert}: {checkpoint.told}")
+        for line in self.warnings:
+            self._tell(f"{WARNING}{line}")
+        self._tell(f"starting {len(self.servers)} engine(s), logs in {self.logs}")
         self.supervisor.start(limit_s)
         for server in self.servers:
             for line in server.differences():
