@@ -26,6 +26,7 @@ from real.processes.ports import port_is_free
 from real.serving.fleet import STATE_FILE, RunningFleet, read_state, serving
 from sim.cli import main
 from sim.fleet_file import FleetFileError, LoadedFleetFile, parse_fleet
+from sim.spec import ExpertSpec
 from tests.kit.client import Client, Reply, play
 from tests.kit.process_tree import becomes_true, child_named, is_alive, processes_of_group
 from tests.kit.processes import until
@@ -200,6 +201,35 @@ def test_a_port_in_use_is_said_before_anything_starts(file: LoadedFleetFile, tmp
             fleet.start()
         assert groups_of(fleet) == []
         fleet.stop()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"metrics_port": 23001}, "serve.metrics_port and serve.port both come to 23001, 3 replicas counting up from"),
+        ({"port": 23007}, "serve.port and serve.expert_port both come to 23007, 3 replicas counting up from 23006"),
+        ({"expert_port": 65534}, "serve.expert_port 65534 leaves no ports for 3 replicas"),
+    ],
+)
+def test_ports_that_cannot_be_are_told_before_anything_starts(
+    file: LoadedFleetFile, tmp_path: Path, change: dict[str, int], says: str
+) -> None:
+    ports = {"port": 23001, "metrics_port": 23002, "expert_port": 23006, **change}
+    with pytest.raises(FleetFileError, match=says):
+        RunningFleet(file.model_copy(update={"serve": file.serve.model_copy(update=ports)}), "routed", logs=tmp_path)
+
+
+def test_the_vllm_for_cpus_is_not_given_an_expert_of_a_gpu(
+    file: LoadedFleetFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = {"code": ExpertSpec(model="llama-3-8b", gpu="H100-SXM")}
+    fleet = file.fleets["direct"].model_copy(update={"experts": experts})
+    other = file.model_copy(update={"fleets": {"direct": fleet}})
+    monkeypatch.setattr("real.serving.fleet.only_cpu_build", lambda: True)
+    with pytest.raises(FleetFileError, match="expert 'code': gpu is H100-SXM, and the vLLM that is installed is the"):
+        RunningFleet(other, "direct", logs=tmp_path)
+    monkeypatch.setattr("real.serving.fleet.only_cpu_build", lambda: False)
+    assert RunningFleet(other, "direct", logs=tmp_path).plans[0].placement.gpus == (0,)
 
 
 def test_of_two_fleets_that_start_at_once_one_is_refused(

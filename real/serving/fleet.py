@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from real.experts.checkpoints import Checkpoint, find_checkpoint
-from real.experts.cores import memory_warning, place_replicas, runs_on_cpu, usable_cores
+from real.experts.cores import memory_warning, only_cpu_build, place_replicas, runs_on_cpu, usable_cores
 from real.experts.expert_server import (
     START_LIMIT_S,
     EngineFailedError,
@@ -45,6 +45,8 @@ REQUEST_LOG = "requests.jsonl"
 """In the same folder, if wanted: one line a request of what became of it at the gateway."""
 
 DEFAULT_LOGS = Path("logs")
+
+LAST_PORT = 65535
 
 WARNING = "warning: "
 """Begins a line told of what the user ought to know."""
@@ -100,6 +102,7 @@ class RunningFleet:
                 # What the gateway would only find wrong once the engines have started.
                 load_classifier(file.serve.classifier, list(file.workload.classes))
             self.plans, self.checkpoints, self.warnings = _plan(file, name, log_iterations)
+            self._ports = _ports(file, self.plans, has_gateway=has_gateway)
             request_log = str(self.logs / REQUEST_LOG) if log_requests else None
             self._config = (
                 gateway_config(file, name, self.replica_urls, request_log=request_log) if has_gateway else None
@@ -148,7 +151,7 @@ class RunningFleet:
         Raises:
             EngineFailedError: something could not be started; nothing is left running then.
         """
-        for place, port in self._ports():
+        for port, place in self._ports.items():
             if not port_is_free(port):
                 raise EngineFailedError(f"port {port} is in use; set {place} to another, or end what uses it")
             if not self._claims.claim(port):
@@ -190,13 +193,6 @@ class RunningFleet:
             raise EngineFailedError(f"the gateway needs {error.name}: pip install 'expert-router[serve]'") from None
         except (ValueError, OSError) as error:
             raise EngineFailedError(f"gateway: {error}") from None
-
-    def _ports(self) -> list[tuple[str, int]]:
-        serve = self.file.serve
-        ports = [("serve.expert_port", plan.port) for plan in self.plans]
-        if self._gateway is not None:
-            ports += [("serve.port", serve.port), ("serve.metrics_port", serve.metrics_port)]
-        return ports
 
     def _gateway_command(self, config: GatewayConfig) -> list[str]:
         """Write the gateway's configuration and return its command line."""
@@ -311,6 +307,11 @@ def _plan(
     checkpoints: dict[str, Checkpoint] = {}
     plans: list[ReplicaPlan] = []
     for expert_name, expert in experts.items():
+        if not runs_on_cpu(expert) and only_cpu_build():
+            raise ValueError(
+                f"expert {expert_name!r}: gpu is {expert.gpu}, and the vLLM that is installed is the one for CPUs; "
+                "install expert-router[gpu] in an environment of its own, or write gpu: CPU"
+            )
         checkpoint = find_checkpoint(expert_name, expert)
         checkpoints[expert_name] = checkpoint
         warnings += checkpoint.warnings
@@ -327,6 +328,23 @@ def _plan(
                 )
             )
     return plans, checkpoints, warnings
+
+
+def _ports(file: FleetFile, plans: Sequence[ReplicaPlan], *, has_gateway: bool) -> dict[int, str]:
+    """Return each port that a fleet needs and the field that it comes from."""
+    serve = file.serve
+    wanted = [(plan.port, "serve.expert_port") for plan in plans]
+    if has_gateway:
+        wanted += [(serve.port, "serve.port"), (serve.metrics_port, "serve.metrics_port")]
+    ports: dict[int, str] = {}
+    for port, field in wanted:
+        if port in ports:
+            counts_up = f", {len(plans)} replicas counting up from {serve.expert_port}" if len(plans) > 1 else ""
+            raise FleetFileError([f"{field} and {ports[port]} both come to {port}{counts_up}; set one to another"])
+        if port > LAST_PORT:
+            raise FleetFileError([f"serve.expert_port {serve.expert_port} leaves no ports for {len(plans)} replicas"])
+        ports[port] = field
+    return ports
 
 
 def _write_atomically(path: Path, text: str) -> None:
