@@ -61,7 +61,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     checkpoint = Checkpoint(place="/models/m", random_weights=True, told="random weights")
     monkeypatch.setattr("real.serving.fleet.find_checkpoint", lambda name, expert: checkpoint)
     command = [sys.executable, str(STAND_INS / "stand_in_gateway.py")]
-    monkeypatch.setattr(RunningFleet, "_gateway_command", lambda fleet, config: command)
+    monkeypatch.setattr(RunningFleet, "_gateway_command", lambda fleet: command)
     monkeypatch.setattr(real.serving.supervisor, "FIRST_WAIT_S", 0.05)
 
 
@@ -203,6 +203,26 @@ def test_a_port_in_use_is_said_before_anything_starts(file: LoadedFleetFile, tmp
         fleet.stop()
 
 
+def test_a_fleet_that_is_refused_leaves_the_files_of_the_one_that_runs(
+    file: LoadedFleetFile, tmp_path: Path, unused_ports: Callable[[int], int]
+) -> None:
+    with serve_command(file, tmp_path, STAND_INS / "stand_in_gateway.py"):
+        logs = tmp_path / "logs"
+        before = {path.name: path.read_text() for path in logs.iterdir()}
+        with pytest.raises(EngineFailedError, match="is in use"), serving(file, "routed", logs=logs):
+            pass
+        first = unused_ports(5)
+        ports = {"expert_port": first, "port": first + 3, "metrics_port": first + 4}
+        elsewhere = file.model_copy(update={"serve": file.serve.model_copy(update=ports)})
+        told = pytest.raises(
+            EngineFailedError, match=r"a fleet that runs \(process \d+\) has its logs in .*; give another"
+        )
+        with told, serving(elsewhere, "routed", logs=logs):
+            pass
+        assert {path.name: path.read_text() for path in logs.iterdir()} == before
+        assert read_state(logs) is not None
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -342,7 +362,7 @@ real.serving.fleet.find_checkpoint = lambda name, expert: checkpoint
 from sim.cli import main
 """
 STAND_IN_GATEWAY = """
-real.serving.fleet.RunningFleet._gateway_command = lambda fleet, config: [sys.executable, {gateway!r}]
+real.serving.fleet.RunningFleet._gateway_command = lambda fleet: [sys.executable, {gateway!r}]
 """
 
 

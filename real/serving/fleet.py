@@ -25,7 +25,7 @@ from real.experts.expert_server import (
     ReplicaPlan,
     plan_replica,
 )
-from real.gateway.config import GatewayConfig, gateway_config
+from real.gateway.config import gateway_config
 from real.loopback import LOOPBACK
 from real.processes.guarded_process import LifeLine
 from real.processes.ports import PortClaims, port_is_free
@@ -40,6 +40,9 @@ from sim.spec import FleetFile
 
 STATE_FILE = "fleet.json"
 """In the folder of logs: where a running fleet listens, and its processes; rewritten whenever one comes or goes."""
+
+GATEWAY_FILE = "gateway.json"
+"""In the same folder: what the gateway is told, also when it is started again."""
 
 REQUEST_LOG = "requests.jsonl"
 """In the same folder, if wanted: one line a request of what became of it at the gateway."""
@@ -114,13 +117,12 @@ class RunningFleet:
         self.logs.mkdir(parents=True, exist_ok=True)
         self._life = LifeLine()
         self._claims = PortClaims()
+        self._has_begun = False
         self.servers = [ExpertServer(plan, logs=self.logs, life=self._life) for plan in self.plans]
         self._gateway: GatewayProcess | None = None
         if self._config is not None:
             url = f"http://{reachable(file.serve.host)}:{file.serve.port}"
-            self._gateway = GatewayProcess(
-                self._gateway_command(self._config), url=url, logs=self.logs, life=self._life
-            )
+            self._gateway = GatewayProcess(self._gateway_command(), url=url, logs=self.logs, life=self._life)
         self.url = self.servers[0].url if self._gateway is None else self._gateway.url
         on_cpu = any(runs_on_cpu(expert) for expert in spec.experts.values())
         self.supervisor = Supervisor(
@@ -156,8 +158,17 @@ class RunningFleet:
                 raise EngineFailedError(f"port {port} is in use; set {place} to another, or end what uses it")
             if not self._claims.claim(port):
                 raise EngineFailedError(f"port {port} is another fleet's; set {place} to another, or end that fleet")
+        other = read_state(self.logs)
+        if other is not None and other["supervisor_pid"] != os.getpid():
+            raise EngineFailedError(
+                f"a fleet that runs (process {other['supervisor_pid']}) has its logs in {self.logs}; give another "
+                f"folder, or remove {STATE_FILE} there if that process is something else"
+            )
         if self._gateway is not None:
             self._check_gateway()
+        self._has_begun = True
+        if self._config is not None:
+            (self.logs / GATEWAY_FILE).write_text(self._config.model_dump_json(indent=2))
         for expert, checkpoint in self.checkpoints.items():
             self._tell(f"{expert}: {checkpoint.told}")
         for line in self.warnings:
@@ -170,10 +181,11 @@ class RunningFleet:
 
     def stop(self, *, drain_s: float | None = None) -> None:
         """Stop everything: the gateway drains first. May be called again."""
-        self.supervisor.stop(drain_s=drain_s)
+        if self._has_begun:  # or else what is in the folder may be another fleet's
+            self.supervisor.stop(drain_s=drain_s)
+            (self.logs / STATE_FILE).unlink(missing_ok=True)
         self._life.close()
         self._claims.release()
-        (self.logs / STATE_FILE).unlink(missing_ok=True)
 
     def kill(self) -> None:
         """End everything at once."""
@@ -194,11 +206,8 @@ class RunningFleet:
         except (ValueError, OSError) as error:
             raise EngineFailedError(f"gateway: {error}") from None
 
-    def _gateway_command(self, config: GatewayConfig) -> list[str]:
-        """Write the gateway's configuration and return its command line."""
-        path = self.logs / "gateway.json"
-        path.write_text(config.model_dump_json(indent=2))
-        return [sys.executable, "-m", "real.gateway", str(path)]
+    def _gateway_command(self) -> list[str]:
+        return [sys.executable, "-m", "real.gateway", str(self.logs / GATEWAY_FILE)]
 
     def _write_state(self) -> None:
         serve = self.file.serve
