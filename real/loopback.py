@@ -2,6 +2,8 @@
 
 import ipaddress
 
+LOOPBACK = "127.0.0.1"
+
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach what listens at this address."""

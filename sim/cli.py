@@ -22,6 +22,9 @@ COMMANDS = {
     "schema": ("sim.schema_command", "print the JSON Schema of fleet files, for editors"),
 }
 
+OF_SERVE = ("httptools", "prometheus_client", "tokenizers", "uvloop")
+"""Packages of the extra ``serve``, without which fleets can be simulated only."""
+
 
 class LazyGroup(click.Group):
     """A group that knows its commands by name and one line, and imports a command only to run it or show its help."""
@@ -37,6 +40,17 @@ class LazyGroup(click.Group):
         command = import_module(COMMANDS[cmd_name][0]).command
         assert isinstance(command, click.Command)
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; what is not installed is told in one line, wherever it is found missing."""
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            if error.name not in OF_SERVE:
+                raise
+            engines = "with vLLM, [gpu], or without a GPU make install-cpu"
+            click.echo(f"this needs {error.name}: pip install 'expert-router[serve]'; {engines}", err=True)
+            ctx.exit(2)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing them."""

@@ -142,7 +142,7 @@ def unsteady(
     if inside and abs(left / inside - 1) > STEADY:
         return [
             f"not steady: throughput times latency is over {STEADY:.0%} off the requests in flight; measure longer "
-            "(run.requests_per_user)"
+            "(run.requests_per_user or run.duration_s)"
         ]
     return []
 

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
+from real.processes.guarded_process import child_environment
 from sim import load_fleet, simulate
 from sim.cli import COMMANDS, main
 from sim.feasibility import check_feasible
@@ -25,6 +26,7 @@ from sim.spec import ClosedLoop
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 TINY = ("--users", "1,2", "--replications", "1")
+LAPTOP = str(ROOT / "examples" / "laptop.yaml")
 
 FILE = """\
 workload:
@@ -303,3 +305,23 @@ def test_the_commands_of_the_readme_name_files_that_are_there() -> None:
     assert len(named) > 5
     for name in named:
         assert (ROOT / name).is_file(), name
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("serve", LAPTOP),
+        ("run", LAPTOP),
+        ("check", LAPTOP),
+        ("calibrate", "measure", LAPTOP),
+        ("models", "make", "laptop-16m"),
+    ],
+)
+def test_what_is_not_installed_is_told_in_one_line(tmp_path: Path, words: tuple[str, ...]) -> None:
+    code = "import sys; from sim.cli import OF_SERVE, main; sys.modules.update(dict.fromkeys(OF_SERVE)); main()"
+    environment = child_environment({"EXPERT_ROUTER_HOME": str(tmp_path)})
+    found = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 2
+    assert re.fullmatch(r"this needs \w+: pip install 'expert-router\[serve\]'; .*make install-cpu\n", found.stderr)

@@ -1,3 +1,4 @@
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,6 +58,9 @@ def test_g13_any_split_gives_the_same_bytes_chunks_and_end(data: st.DataObject) 
     assert (whole[1], whole[3]) == (split[1], split[3])
     by_byte = followed([stream[index : index + 1] for index in range(len(stream))])
     assert (whole[1], whole[3]) == (by_byte[1], by_byte[3])
+    # The first chunk comes out with the piece that holds the end of its event, whatever the split.
+    came = itertools.accumulate(map(len, pieces))
+    assert split[2] == (None if by_byte[2] is None else next(count for count in came if count >= by_byte[2]))
 
 
 def test_g13_only_whole_events_are_passed_on_and_none_is_held_for_ever() -> None:

@@ -92,14 +92,16 @@ def test_a_killed_worker_is_started_again_and_none_outlives_the_parent(tmp_path:
     [
         ({"host": "0.0.0.0"}, "serve.host '0.0.0.0' can be reached from other machines, so serve.api_key_env must"),
         ({"api_key_env": "UNSET_KEYS"}, "serve.api_key_env names UNSET_KEYS, which is not set"),
-        ({"port": None}, "on 127.0.0.1 cannot be used: Address already in use"),
+        ({"port": None}, "serve.port"),
+        ({"metrics_port": None}, "serve.metrics_port"),
         ({"classifier": {"kind": "tfidf", "file": "/nowhere.npz"}}, "/nowhere.npz"),
     ],
 )
 def test_what_keeps_it_from_beginning_is_said_in_one_line(tmp_path: Path, serve: dict[str, object], says: str) -> None:
     with running(expert := Expert("code")):
-        if "port" in serve:
-            serve = {"port": expert.port}
+        if None in serve.values():
+            serve = dict.fromkeys(serve, expert.port)
+            says += f" {expert.port} on 127.0.0.1 cannot be used: Address already in use"
         config = config_for({"code": [expert.url]}, **serve)  # type: ignore[arg-type]
         path = tmp_path / "config.json"
         path.write_text(config.model_dump_json())

@@ -92,5 +92,5 @@ def test_a_class_that_the_corpus_lacks_is_named_with_those_it_has(tmp_path: Path
 def test_a_line_that_is_no_prompt_is_named(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"class": "code", "text": "a"}\n{"class": "code"}\n')
-    with pytest.raises(ValueError, match=r"prompts\.jsonl line 2"):
+    with pytest.raises(ValueError, match=r"prompts\.jsonl, line 2: text is missing"):
         read_corpus(path)

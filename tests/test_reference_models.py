@@ -171,6 +171,12 @@ def test_a_checkpoint_of_another_shape_is_told(tmp_path: Path) -> None:
     assert "expert chat: the checkpoint is int8, the fleet file says bf16" in found.warnings
 
 
+def test_a_folder_that_is_no_checkpoint_is_told_before_anything_starts(tmp_path: Path) -> None:
+    expert = ExpertSpec(model="laptop-37m", gpu="CPU", checkpoint=str(tmp_path))
+    with pytest.raises(ValueError, match=r"expert 'chat': checkpoint '.*' is a folder without config.json"):
+        find_checkpoint("chat", expert)
+
+
 def test_a_name_is_looked_up_on_the_hub_and_a_missing_folder_is_not() -> None:
     expert = ExpertSpec(model="llama-3-8b", gpu="H100-SXM", checkpoint="meta-llama/Meta-Llama-3-8B")
     found = find_checkpoint("chat", expert)

@@ -7,9 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -19,9 +22,11 @@ import real.serving.supervisor
 from real.experts.checkpoints import Checkpoint
 from real.experts.expert_server import EngineFailedError, ExpertServer
 from real.processes.guarded_process import child_environment
+from real.processes.ports import port_is_free
 from real.serving.fleet import STATE_FILE, RunningFleet, read_state, serving
 from sim.cli import main
 from sim.fleet_file import FleetFileError, LoadedFleetFile, parse_fleet
+from sim.spec import ExpertSpec
 from tests.kit.client import Client, Reply, play
 from tests.kit.process_tree import becomes_true, child_named, is_alive, processes_of_group
 from tests.kit.processes import until
@@ -56,7 +61,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     checkpoint = Checkpoint(place="/models/m", random_weights=True, told="random weights")
     monkeypatch.setattr("real.serving.fleet.find_checkpoint", lambda name, expert: checkpoint)
     command = [sys.executable, str(STAND_INS / "stand_in_gateway.py")]
-    monkeypatch.setattr(RunningFleet, "_gateway_command", lambda fleet, config: command)
+    monkeypatch.setattr(RunningFleet, "_gateway_command", lambda fleet: command)
     monkeypatch.setattr(real.serving.supervisor, "FIRST_WAIT_S", 0.05)
 
 
@@ -69,8 +74,6 @@ def file(unused_ports: Callable[[int], int]) -> LoadedFleetFile:
 
 @pytest.fixture
 def unused_ports() -> Callable[[int], int]:
-    from real.experts.expert_server import port_is_free
-
     def find(count: int) -> int:
         for first in range(23000 + os.getpid() % 1000 * 8, 60000, 8):
             if all(port_is_free(port) for port in range(first, first + count)):
@@ -112,6 +115,8 @@ def test_a_fleet_serves_while_the_block_runs_and_nothing_is_left_after_it(
     assert {path.name for path in tmp_path.glob("*.log")} == {"code-0.log", "chat-0.log", "chat-1.log", "gateway.log"}
     assert (tmp_path / "gateway.log").read_text().endswith("draining\ndrained\n")
     assert any(line.startswith("gateway: ready after") for line in told)
+    assert told[:2] == ["code: random weights", "chat: random weights"]
+    assert f"starting 3 engine(s), logs in {tmp_path}" in told
 
 
 def test_a_fleet_without_a_router_is_its_expert(file: LoadedFleetFile, tmp_path: Path) -> None:
@@ -198,6 +203,103 @@ def test_a_port_in_use_is_said_before_anything_starts(file: LoadedFleetFile, tmp
         fleet.stop()
 
 
+def test_a_fleet_that_is_refused_leaves_the_files_of_the_one_that_runs(
+    file: LoadedFleetFile, tmp_path: Path, unused_ports: Callable[[int], int]
+) -> None:
+    with serve_command(file, tmp_path, STAND_INS / "stand_in_gateway.py"):
+        logs = tmp_path / "logs"
+        before = {path.name: path.read_text() for path in logs.iterdir()}
+        with pytest.raises(EngineFailedError, match="is in use"), serving(file, "routed", logs=logs):
+            pass
+        first = unused_ports(5)
+        ports = {"expert_port": first, "port": first + 3, "metrics_port": first + 4}
+        elsewhere = file.model_copy(update={"serve": file.serve.model_copy(update=ports)})
+        told = pytest.raises(
+            EngineFailedError, match=r"a fleet that runs \(process \d+\) has its logs in .*; give another"
+        )
+        with told, serving(elsewhere, "routed", logs=logs):
+            pass
+        assert {path.name: path.read_text() for path in logs.iterdir()} == before
+        assert read_state(logs) is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"metrics_port": 23001}, "serve.metrics_port and serve.port both come to 23001, 3 replicas counting up from"),
+        ({"port": 23007}, "serve.port and serve.expert_port both come to 23007, 3 replicas counting up from 23006"),
+        ({"expert_port": 65534}, "serve.expert_port 65534 leaves no ports for 3 replicas"),
+    ],
+)
+def test_ports_that_cannot_be_are_told_before_anything_starts(
+    file: LoadedFleetFile, tmp_path: Path, change: dict[str, int], says: str
+) -> None:
+    ports = {"port": 23001, "metrics_port": 23002, "expert_port": 23006, **change}
+    with pytest.raises(FleetFileError, match=says):
+        RunningFleet(file.model_copy(update={"serve": file.serve.model_copy(update=ports)}), "routed", logs=tmp_path)
+
+
+def test_the_vllm_for_cpus_is_not_given_an_expert_of_a_gpu(
+    file: LoadedFleetFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = {"code": ExpertSpec(model="llama-3-8b", gpu="H100-SXM")}
+    fleet = file.fleets["direct"].model_copy(update={"experts": experts})
+    other = file.model_copy(update={"fleets": {"direct": fleet}})
+    monkeypatch.setattr("real.serving.fleet.only_cpu_build", lambda: True)
+    with pytest.raises(FleetFileError, match="expert 'code': gpu is H100-SXM, and the vLLM that is installed is the"):
+        RunningFleet(other, "direct", logs=tmp_path)
+    monkeypatch.setattr("real.serving.fleet.only_cpu_build", lambda: False)
+    assert RunningFleet(other, "direct", logs=tmp_path).plans[0].placement.gpus == (0,)
+
+
+def test_of_two_fleets_that_start_at_once_one_is_refused(
+    file: LoadedFleetFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STAND_IN_START_S", "3")
+    first = RunningFleet(file, "direct", logs=tmp_path / "first")
+    second = RunningFleet(file, "routed", logs=tmp_path / "second")
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(first.start)
+        assert becomes_true(lambda: first.servers[0].is_running, 10)
+        assert port_is_free(file.serve.expert_port)  # so it seems until the engine listens
+        with pytest.raises(EngineFailedError, match=rf"port {file.serve.expert_port} is another fleet's; set serve"):
+            second.start()
+        second.stop()
+        starting.result()
+    first.stop()
+    with serving(file, "direct", logs=tmp_path / "third"):
+        pass
+
+
+def test_somebody_else_who_answers_on_its_port_does_not_make_an_engine_ready(
+    file: LoadedFleetFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STAND_IN_START_S", "2")
+    fleet = RunningFleet(file, "direct", logs=tmp_path)
+    server = fleet.servers[0]
+    server.start()
+    with HTTPServer(("127.0.0.1", file.serve.expert_port), Healthy) as other:
+        thread = threading.Thread(target=other.serve_forever, daemon=True)
+        thread.start()
+        with pytest.raises(EngineFailedError, match=r"code/0: its port is in use \(.*Address already in use\); log"):
+            server.wait_until_ready(30)
+        other.shutdown()
+        thread.join()
+    fleet.stop()
+
+
+class Healthy(BaseHTTPRequestHandler):
+    """Calls itself healthy, whoever it is."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *values: object) -> None:
+        """Say nothing."""
+
+
 def test_a_gateway_for_the_world_without_keys_is_refused_before_anything_starts(
     file: LoadedFleetFile, tmp_path: Path
 ) -> None:
@@ -260,7 +362,7 @@ real.serving.fleet.find_checkpoint = lambda name, expert: checkpoint
 from sim.cli import main
 """
 STAND_IN_GATEWAY = """
-real.serving.fleet.RunningFleet._gateway_command = lambda fleet, config: [sys.executable, {gateway!r}]
+real.serving.fleet.RunningFleet._gateway_command = lambda fleet: [sys.executable, {gateway!r}]
 """
 
 

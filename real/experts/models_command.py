@@ -30,10 +30,9 @@ def make(name: str, quantization: str, out: Path | None) -> None:
     messages = Console(stderr=True)
     try:
         made = make_reference_model(name, quantization, out)
-    except ModuleNotFoundError as error:
-        _fail(messages, f"{error.name} is not installed: pip install 'expert-router[cpu]' (or [gpu])")
     except (ValueError, OSError) as error:
-        _fail(messages, str(error))
+        messages.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
+        raise SystemExit(2) from None
     click.echo(made.folder)
     messages.print(
         f"{made.model} in {made.quantization}, vocabulary {made.vocab_size} ({made.tokenizer_tokens} tokens learned, "
@@ -58,8 +57,3 @@ def list_models() -> None:
         there = [each.quantization for each in made if each.model == shape.name]
         table.add_row(shape.name, f"{shape.parameters_total / 1e6:,.0f}M", str(shape.vocab_size), ", ".join(there))
     wide_console().print(table)
-
-
-def _fail(messages: Console, line: str) -> None:
-    messages.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
-    raise SystemExit(2)

@@ -12,8 +12,9 @@ import json
 import sysconfig
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
 from pathlib import Path
+
+from real.router.labelled_prompts import read_packaged_prompts
 
 # Llama 3's last 256 tokens, in its order; the rest of them are reserved.
 _NAMED_SPECIAL_TOKENS = {
@@ -134,16 +135,7 @@ def special_tokens() -> list[str]:
 @cache
 def training_texts() -> tuple[str, ...]:
     """Return the texts a tokenizer is trained on: prompts, the language reference, docstrings of the library."""
-    return (*_prompts(), *_language_reference(), *_docstrings())
-
-
-def _prompts() -> list[str]:
-    """The prompts of the packaged corpus: what users will send."""
-    corpus = resources.files("real.router") / "data" / "prompts.jsonl"
-    if not corpus.is_file():
-        return []
-    lines = corpus.read_text(encoding="utf-8").splitlines()
-    return [str(json.loads(line)["text"]) for line in lines if line.strip()]
+    return (*read_packaged_prompts().texts, *_language_reference(), *_docstrings())
 
 
 def _language_reference() -> list[str]:

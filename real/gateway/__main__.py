@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from real.gateway.bind import check_bind
 from real.gateway.config import GatewayConfig
 from real.gateway.metrics_page import MetricsPage
+from real.loopback import LOOPBACK
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
 _STEADY_S = 10.0
@@ -109,10 +110,6 @@ def _say(line: str) -> None:
     print(f"gateway: {line}", file=sys.stderr, flush=True)
 
 
-LOOPBACK = "127.0.0.1"
-"""Where metrics are shown, whatever the gateway's own host: they ask for no key."""
-
-
 def main() -> None:
     """Run the gateway of a config file; exits with 2 when it cannot begin."""
     if len(sys.argv) != 2:
@@ -125,7 +122,7 @@ def main() -> None:
     try:
         config = GatewayConfig.model_validate_json(Path(sys.argv[1]).read_bytes())
         check_bind(config)
-        metrics.serve(LOOPBACK, config.serve.metrics_port)
+        metrics.serve(LOOPBACK, config.serve.metrics_port)  # whatever the gateway's own host: they ask for no key
         sys.exit(asyncio.run(Gateway(config, metrics).run()))
     except ValidationError as error:
         for found in error.errors(include_url=False):

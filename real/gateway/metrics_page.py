@@ -33,7 +33,10 @@ class MetricsPage(Collector):
         """
         registry = CollectorRegistry()
         registry.register(self)
-        start_http_server(port, host, registry)
+        try:
+            start_http_server(port, host, registry)
+        except OSError as error:
+            raise OSError(f"serve.metrics_port {port} on {host} cannot be used: {error.strerror}") from None
 
     def environment(self) -> dict[str, str]:
         """Return what a worker must find in its environment."""

@@ -69,11 +69,12 @@ def fit_command(
         from real.router.embedding import PACKAGED, Embedder
         from real.router.labelled_prompts import read_prompts
         from real.router.router_file import write_router_file
+        from sim.simulate_command import progress_bar
 
         need_scikit_learn()
         given = read_prompts(prompts)
         embedder = Embedder(model or PACKAGED) if kind == "embedding" else None
-        with progress_bar(messages) as progress:
+        with progress_bar(messages, "fitting") as progress:
             fit = RouterFit(classes=classes, kind=kind, centres=centres, seed=seed, embedder=embedder)
             fit.fit(given.texts, given.labels)
             report = fit_report(fit, given.texts, given.labels, progress)
@@ -165,16 +166,3 @@ def mistakes_in_red(messages: Console) -> Iterator[None]:
     except ValueError as error:
         messages.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(2) from None
-
-
-@contextmanager
-def progress_bar(console: Console) -> Iterator[Any]:
-    """Show progress on a terminal; nothing elsewhere."""
-    if not console.is_terminal:
-        yield None
-        return
-    from rich.progress import Progress
-
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("fitting", total=1.0)
-        yield lambda share: bar.update(task, completed=share)

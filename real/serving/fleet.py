@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,19 @@ from typing import Any
 from pydantic import ValidationError
 
 from real.experts.checkpoints import Checkpoint, find_checkpoint
-from real.experts.cores import memory_warning, place_replicas, runs_on_cpu, usable_cores
+from real.experts.cores import memory_warning, only_cpu_build, place_replicas, runs_on_cpu, usable_cores
 from real.experts.expert_server import (
-    LOOPBACK,
     START_LIMIT_S,
     EngineFailedError,
     ExpertServer,
     ReplicaAddress,
     ReplicaPlan,
     plan_replica,
-    port_is_free,
 )
-from real.gateway.config import GatewayConfig, gateway_config
+from real.gateway.config import gateway_config
+from real.loopback import LOOPBACK
 from real.processes.guarded_process import LifeLine
+from real.processes.ports import PortClaims, port_is_free
 from real.router.classifier import load_classifier
 from real.serving.gateway_process import GatewayProcess
 from real.serving.supervisor import Supervisor, Tell
@@ -41,10 +41,18 @@ from sim.spec import FleetFile
 STATE_FILE = "fleet.json"
 """In the folder of logs: where a running fleet listens, and its processes; rewritten whenever one comes or goes."""
 
+GATEWAY_FILE = "gateway.json"
+"""In the same folder: what the gateway is told, also when it is started again."""
+
 REQUEST_LOG = "requests.jsonl"
 """In the same folder, if wanted: one line a request of what became of it at the gateway."""
 
 DEFAULT_LOGS = Path("logs")
+
+LAST_PORT = 65535
+
+WARNING = "warning: "
+"""Begins a line told of what the user ought to know."""
 
 
 class RunningFleet:
@@ -97,6 +105,7 @@ class RunningFleet:
                 # What the gateway would only find wrong once the engines have started.
                 load_classifier(file.serve.classifier, list(file.workload.classes))
             self.plans, self.checkpoints, self.warnings = _plan(file, name, log_iterations)
+            self._ports = _ports(file, self.plans, has_gateway=has_gateway)
             request_log = str(self.logs / REQUEST_LOG) if log_requests else None
             self._config = (
                 gateway_config(file, name, self.replica_urls, request_log=request_log) if has_gateway else None
@@ -107,13 +116,13 @@ class RunningFleet:
             raise FleetFileError([str(error)]) from None
         self.logs.mkdir(parents=True, exist_ok=True)
         self._life = LifeLine()
+        self._claims = PortClaims()
+        self._has_begun = False
         self.servers = [ExpertServer(plan, logs=self.logs, life=self._life) for plan in self.plans]
         self._gateway: GatewayProcess | None = None
         if self._config is not None:
             url = f"http://{reachable(file.serve.host)}:{file.serve.port}"
-            self._gateway = GatewayProcess(
-                self._gateway_command(self._config), url=url, logs=self.logs, life=self._life
-            )
+            self._gateway = GatewayProcess(self._gateway_command(), url=url, logs=self.logs, life=self._life)
         self.url = self.servers[0].url if self._gateway is None else self._gateway.url
         on_cpu = any(runs_on_cpu(expert) for expert in spec.experts.values())
         self.supervisor = Supervisor(
@@ -144,11 +153,27 @@ class RunningFleet:
         Raises:
             EngineFailedError: something could not be started; nothing is left running then.
         """
-        for place, port in self._ports():
+        for port, place in self._ports.items():
             if not port_is_free(port):
                 raise EngineFailedError(f"port {port} is in use; set {place} to another, or end what uses it")
+            if not self._claims.claim(port):
+                raise EngineFailedError(f"port {port} is another fleet's; set {place} to another, or end that fleet")
+        other = read_state(self.logs)
+        if other is not None and other["supervisor_pid"] != os.getpid():
+            raise EngineFailedError(
+                f"a fleet that runs (process {other['supervisor_pid']}) has its logs in {self.logs}; give another "
+                f"folder, or remove {STATE_FILE} there if that process is something else"
+            )
         if self._gateway is not None:
             self._check_gateway()
+        self._has_begun = True
+        if self._config is not None:
+            (self.logs / GATEWAY_FILE).write_text(self._config.model_dump_json(indent=2))
+        for expert, checkpoint in self.checkpoints.items():
+            self._tell(f"{expert}: {checkpoint.told}")
+        for line in self.warnings:
+            self._tell(f"{WARNING}{line}")
+        self._tell(f"starting {len(self.servers)} engine(s), logs in {self.logs}")
         self.supervisor.start(limit_s)
         for server in self.servers:
             for line in server.differences():
@@ -156,9 +181,11 @@ class RunningFleet:
 
     def stop(self, *, drain_s: float | None = None) -> None:
         """Stop everything: the gateway drains first. May be called again."""
-        self.supervisor.stop(drain_s=drain_s)
+        if self._has_begun:  # or else what is in the folder may be another fleet's
+            self.supervisor.stop(drain_s=drain_s)
+            (self.logs / STATE_FILE).unlink(missing_ok=True)
         self._life.close()
-        (self.logs / STATE_FILE).unlink(missing_ok=True)
+        self._claims.release()
 
     def kill(self) -> None:
         """End everything at once."""
@@ -179,18 +206,8 @@ class RunningFleet:
         except (ValueError, OSError) as error:
             raise EngineFailedError(f"gateway: {error}") from None
 
-    def _ports(self) -> list[tuple[str, int]]:
-        serve = self.file.serve
-        ports = [("serve.expert_port", plan.port) for plan in self.plans]
-        if self._gateway is not None:
-            ports += [("serve.port", serve.port), ("serve.metrics_port", serve.metrics_port)]
-        return ports
-
-    def _gateway_command(self, config: GatewayConfig) -> list[str]:
-        """Write the gateway's configuration and return its command line."""
-        path = self.logs / "gateway.json"
-        path.write_text(config.model_dump_json(indent=2))
-        return [sys.executable, "-m", "real.gateway", str(path)]
+    def _gateway_command(self) -> list[str]:
+        return [sys.executable, "-m", "real.gateway", str(self.logs / GATEWAY_FILE)]
 
     def _write_state(self) -> None:
         serve = self.file.serve
@@ -299,6 +316,11 @@ def _plan(
     checkpoints: dict[str, Checkpoint] = {}
     plans: list[ReplicaPlan] = []
     for expert_name, expert in experts.items():
+        if not runs_on_cpu(expert) and only_cpu_build():
+            raise ValueError(
+                f"expert {expert_name!r}: gpu is {expert.gpu}, and the vLLM that is installed is the one for CPUs; "
+                "install expert-router[gpu] in an environment of its own, or write gpu: CPU"
+            )
         checkpoint = find_checkpoint(expert_name, expert)
         checkpoints[expert_name] = checkpoint
         warnings += checkpoint.warnings
@@ -315,6 +337,23 @@ def _plan(
                 )
             )
     return plans, checkpoints, warnings
+
+
+def _ports(file: FleetFile, plans: Sequence[ReplicaPlan], *, has_gateway: bool) -> dict[int, str]:
+    """Return each port that a fleet needs and the field that it comes from."""
+    serve = file.serve
+    wanted = [(plan.port, "serve.expert_port") for plan in plans]
+    if has_gateway:
+        wanted += [(serve.port, "serve.port"), (serve.metrics_port, "serve.metrics_port")]
+    ports: dict[int, str] = {}
+    for port, field in wanted:
+        if port in ports:
+            counts_up = f", {len(plans)} replicas counting up from {serve.expert_port}" if len(plans) > 1 else ""
+            raise FleetFileError([f"{field} and {ports[port]} both come to {port}{counts_up}; set one to another"])
+        if port > LAST_PORT:
+            raise FleetFileError([f"serve.expert_port {serve.expert_port} leaves no ports for {len(plans)} replicas"])
+        ports[port] = field
+    return ports
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -54,13 +54,14 @@ def command(
     Experts without a checkpoint get random weights in their model's shape. What dies is started again.
     """
     from real.experts.expert_server import EngineFailedError
-    from real.serving.fleet import RunningFleet, only_fleet
+    from real.serving.fleet import WARNING, RunningFleet, only_fleet
     from sim.fleet_file import FleetFileError, load_fleet
 
     messages = Console(stderr=True)
 
     def tell(line: str) -> None:
-        messages.print(line, highlight=False, markup=False, soft_wrap=True)
+        style = "yellow" if line.startswith(WARNING) else None
+        messages.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
 
     try:
         fleet_file = load_fleet(file, overrides)
@@ -72,11 +73,6 @@ def command(
         messages.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(2) from None
     signal.signal(signal.SIGTERM, _as_interrupt)
-    for expert, checkpoint in fleet.checkpoints.items():
-        tell(f"{expert}: {checkpoint.told}")
-    for line in fleet.warnings:
-        messages.print(f"warning: {line}", style="yellow", highlight=False, markup=False, soft_wrap=True)
-    tell(f"starting {len(fleet.servers)} engine(s), logs in {fleet.logs}")
     status = 0
     try:
         fleet.start(limit_s)
@@ -103,6 +99,8 @@ def _as_interrupt(number: int, frame: FrameType | None) -> None:
 def _show(fleet: "RunningFleet", console: Console) -> None:
     from rich.table import Table
 
+    from real.loopback import LOOPBACK
+
     table = Table(title=f"fleet {fleet.name!r} at {fleet.url}", title_justify="left")
     for column in ("replica", "model", "on", "address", "KV blocks", "block", "seqs", "tokens", "max len", "vLLM"):
         table.add_column(column, justify="left" if column in ("replica", "model", "on", "address") else "right")
@@ -126,8 +124,10 @@ def _show(fleet: "RunningFleet", console: Console) -> None:
         )
     console.print(table)
     model = fleet.plans[0].expert if fleet.file.fleets[fleet.name].router is None else "expert-router"
+    spec = fleet.file.serve
+    metrics = "" if fleet.supervisor.gateway is None else f"Metrics: http://{LOOPBACK}:{spec.metrics_port}/metrics\n"
     console.print(
-        f"""Try it:
+        f"""{metrics}Try it:
   curl {fleet.url}/v1/chat/completions -H 'content-type: application/json' \\
     -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}], "max_tokens": 50}}'
 Ctrl-C drains and stops.""",

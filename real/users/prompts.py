@@ -11,9 +11,7 @@ is two look-ups and a slice. That they do is checked on the first prompts of eac
 counted and mended.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +20,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from real.experts.reference_models import ensure_reference_model
+from real.router.labelled_prompts import read_packaged_prompts, read_prompts
 from sim.mistakes import did_you_mean
 from sim.spec import ExpertSpec
 
@@ -59,18 +58,14 @@ def read_corpus(path: Path | None = None) -> dict[str, list[str]]:
     """Return the texts of each class from a file of JSON lines ``{"class", "text"}``; None: the packaged one.
 
     Raises:
-        ValueError: a line is something else.
+        ValueError: it cannot be read, or a line is something else.
     """
-    source = resources.files("real.router") / "data" / "prompts.jsonl" if path is None else path
+    given = read_packaged_prompts() if path is None else read_prompts(path)
+    if given.labels is None:
+        raise ValueError(f"{path}: class is missing, and users send prompts of a class; give one in every line")
     texts: dict[str, list[str]] = {}
-    for number, line in enumerate(source.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            name, text = row["class"], " ".join(row["text"].split())
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f'{source} line {number}: expected {{"class": ..., "text": ...}}') from None
-        if text:
-            texts.setdefault(name, []).append(text)
+    for name, text in zip(given.labels, given.texts, strict=True):
+        texts.setdefault(name, []).append(" ".join(text.split()))
     return texts
 
 

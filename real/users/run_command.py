@@ -70,12 +70,9 @@ def command(
         raise click.UsageError("--format needs --out, the folder to write into")
     if replicas and url is None:
         raise click.UsageError("--replica-url needs --url; a fleet that is started here is known")
-    try:
-        from real.experts.expert_server import EngineFailedError
-        from real.users.run import run
-    except ModuleNotFoundError as error:
-        messages.print(f"run needs {error.name}; install it with: pip install 'expert-router\\[serve]'", style="red")
-        raise SystemExit(2) from None
+    from real.experts.expert_server import EngineFailedError
+    from real.users.run import run
+
     try:
         if out is not None:
             make_folder(out)

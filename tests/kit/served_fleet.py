@@ -13,8 +13,8 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from real.experts.expert_server import port_is_free
 from real.processes.guarded_process import child_environment
+from real.processes.ports import port_is_free
 from real.serving.fleet import REQUEST_LOG, STATE_FILE
 from tests.kit.process_tree import becomes_true, children_of, is_alive
 from tests.real_fleet import ROOT, cli

@@ -28,9 +28,9 @@ from tokenizers import Tokenizer
 
 from calibrate.tables.bench_results import read_bench_results
 from calibrate.tables.measured_runs import run_of_settings
-from real.experts.expert_server import port_is_free
 from real.experts.reference_models import default_folder
 from real.processes.guarded_process import child_environment
+from real.processes.ports import port_is_free
 from real.router.classifier import fitted_classifier, read_packaged
 from real.router.router_file import read_router_file
 from real.serving.fleet import STATE_FILE

@@ -18,7 +18,8 @@ import pytest
 
 from real.experts.checkpoints import find_checkpoint
 from real.experts.cores import why_not_on_this_cpu
-from real.experts.expert_server import EngineFailedError, port_is_free
+from real.experts.expert_server import EngineFailedError
+from real.processes.ports import port_is_free
 from real.serving.fleet import RunningFleet, serving
 from sim.fleet_file import FleetFileError, LoadedFleetFile, load_fleet
 from tests.kit.process_tree import becomes_true, child_named, is_alive, processes_of_group
