@@ -69,7 +69,6 @@ FLEET_COLUMNS = (
     Column("in SLO\n%", "good_share", 2, scale=100),
     Column("busy\n%", "utilization", 2, scale=100),
     Column("failed", "failed", 1),
-    Column("in\nflight", "in_flight", 6),
     Column("GPUs", "gpus", 4),
     Column("$ per M\ntokens", "cost_per_million_output_tokens", 3),
 )
