@@ -73,7 +73,7 @@ def write_accuracy_report(validation: Validation, folder: Path, *, command: str,
     folder.mkdir(parents=True, exist_ok=True)
     page, picture = folder / "accuracy.md", folder / PICTURE
     save_picture(predicted_against_measured(validation), picture, "png")
-    parts = [*_page(validation, command, peer_figures), *checked_for_real(folder)]
+    parts = _page(validation, command, peer_figures, checked_for_real(folder))
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return [page, picture]
 
@@ -113,7 +113,9 @@ def read_peer_figures(path: Path) -> dict[str, PeerFigure]:
 # ------------------------------------------------------------------------------------------------------------ the page
 
 
-def _page(validation: Validation, command: str, peers: Mapping[str, PeerFigure]) -> Iterable[str]:
+def _page(
+    validation: Validation, command: str, peers: Mapping[str, PeerFigure], checks: Iterable[str]
+) -> Iterable[str]:
     rows = validation.predicted_rows
     runs = {row.run_id for row in rows}
     yield "# How far predictions are from measurements"
@@ -143,6 +145,7 @@ def _page(validation: Validation, command: str, peers: Mapping[str, PeerFigure])
         f"Points are runs, the band is {BAND:.0%} either side of the measured value. The output throughput of an open "
         "loop is the offered one as long as the engine keeps up, so its error says little."
     )
+    yield from checks
     for heading in ("model", "GPU", "source"):
         yield f"## By {heading}"
         yield _group_table(heading, summaries(validation, GROUPINGS[heading]))
