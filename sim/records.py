@@ -68,7 +68,8 @@ class ReplicaStats:
         preemptions: in the window.
         iterations: in the window.
         engine_requests: a real engine's own account of the requests that ended in the window: how many, and the mean
-            seconds of one in its queue, in prefill and in decode. NaN in a simulation, whose requests have the times.
+            seconds of one in its queue, in prefill, in decode, and from its front end's beginning with it to its end.
+            NaN in a simulation, whose requests have the times.
         iteration_error: share of an iteration's time that 90 % of predictions are within, at the largest work it did.
         range_widening: factor on that error for how far the work went beyond the curve's fitted range, 1 inside.
     """
@@ -88,6 +89,7 @@ class ReplicaStats:
     engine_queue_s: float = nan
     engine_prefill_s: float = nan
     engine_decode_s: float = nan
+    engine_e2e_s: float = nan
     iteration_error: float = nan
     range_widening: float = nan
 

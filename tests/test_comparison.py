@@ -141,7 +141,7 @@ def test_times_inside_a_real_engine_are_its_own_and_unknown_without_them() -> No
     told = replace(
         run,
         replicas=tuple(
-            replace(r, engine_requests=10 * (1 + k), engine_prefill_s=0.2 * k, engine_decode_s=1.0)
+            replace(r, engine_requests=10 * (1 + k), engine_prefill_s=0.2 * k, engine_decode_s=1.0, engine_e2e_s=1.5)
             for k, r in enumerate(run.replicas)
         ),
     )
@@ -149,6 +149,7 @@ def test_times_inside_a_real_engine_are_its_own_and_unknown_without_them() -> No
     weights = [10 * (1 + k) for k in range(len(run.replicas))]
     expected_s = np.average([0.2 * k for k in range(len(run.replicas))], weights=weights)
     assert at["prefill"].measured_s == pytest.approx(expected_s)
+    assert at["front end and queue"].measured_s == pytest.approx(0.5 - expected_s)
     silent = {row.station: row for row in station_times(run, [run]) if row.expert == "all"}
     assert isnan(silent["decode"].measured_s)
     assert not isnan(silent["router"].measured_s)
@@ -217,6 +218,6 @@ def test_files_tables_and_json_of_a_check(tmp_path: Path) -> None:
     stream = StringIO()
     print_check(outcome, Console(file=stream, width=200))
     assert "FAIL" in stream.getvalue()
-    assert "front end, network and queue" in stream.getvalue()
+    assert "front end and queue" in stream.getvalue()
     assert "pace" in stream.getvalue()
     assert "| 8 | expert-0 1.100 |" in check_markdown(outcome)

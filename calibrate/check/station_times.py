@@ -10,10 +10,11 @@ from sim.metrics import completed_in_window
 from sim.records import RunRecord
 from sim.spec import ALL_EXPERTS
 
-STATIONS = ("router", "prefill", "decode", "front end, network and queue")
-"""The last is what the others leave of a request's end-to-end time: all it waits but for the router, and delivery. A
-real engine takes requests in between iterations and counts its queue from then on, so most of what a simulation calls
-queueing for the engine happens outside of it."""
+REST = "network and delivery"
+STATIONS = ("router", "front end and queue", "prefill", "decode", REST)
+"""Front end and queue: from when the server begins with a request until its first scheduling; a real engine takes
+requests in between iterations and counts its queue from then on, so the two cannot be told apart. The last is what the
+others leave of a request's end-to-end time, waiting to be taken up by the server included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +33,8 @@ def station_times(simulated: RunRecord, measured: Sequence[RunRecord]) -> list[S
 
     Simulated times come from the timestamps of each request; measured ones of the router from the gateway's headers and
     those inside the engine from its own sums (vLLM's ``request_prefill_time_seconds`` and
-    ``request_decode_time_seconds``), whose prefill lasts from the first scheduling to the first token, as here.
+    ``request_decode_time_seconds``, whose prefill lasts from the first scheduling to the first token, as here, and
+    ``e2e_request_latency_seconds``).
     """
     names = (ALL_EXPERTS, *simulated.expert_names)
     rows = []
@@ -66,6 +68,7 @@ def _from_timestamps(record: RunRecord, index: int) -> dict[str, float]:
     routed = record.router is not None
     times = {
         "router": _between(record, index, "sent_s", "router_end_s") if routed else 0.0,
+        "front end and queue": _between(record, index, "front_end_start_s", "scheduled_s"),
         "prefill": _between(record, index, "scheduled_s", "first_token_engine_s"),
         "decode": _between(record, index, "first_token_engine_s", "last_token_engine_s"),
     }
@@ -80,13 +83,17 @@ def _from_engines(record: RunRecord, index: int) -> dict[str, float]:
         return float(np.average(values, weights=weights)) if sum(weights) > 0 else nan
 
     routed = record.router is not None
+    prefill_s, decode_s = (
+        mean([getattr(each, f"engine_{what}_s") for each in replicas]) for what in ("prefill", "decode")
+    )
     times = {
         "router": _between(record, index, "sent_s", "router_end_s") if routed else 0.0,
-        "prefill": mean([replica.engine_prefill_s for replica in replicas]),
-        "decode": mean([replica.engine_decode_s for replica in replicas]),
+        "front end and queue": mean([replica.engine_e2e_s for replica in replicas]) - prefill_s - decode_s,
+        "prefill": prefill_s,
+        "decode": decode_s,
     }
     return _with_rest(times, _between(record, index, "sent_s", "last_token_s"))
 
 
 def _with_rest(times: dict[str, float], end_to_end_s: float) -> dict[str, float]:
-    return {**times, "front end, network and queue": end_to_end_s - sum(times.values())}
+    return {**times, REST: end_to_end_s - sum(times.values())}

@@ -29,6 +29,7 @@ COUNTERS = {
     "vllm:request_prefill_time_seconds_sum": "prefill_s",
     "vllm:request_decode_time_seconds_sum": "decode_s",
     "vllm:request_decode_time_seconds_count": "requests",
+    "vllm:e2e_request_latency_seconds_sum": "e2e_s",
     "vllm:prefix_cache_hits_total": "prefix_hits",
     "vllm:prefix_cache_queries_total": "prefix_queries",
 }
@@ -102,7 +103,7 @@ class EngineMetrics:
         requests = _increase(samples, "requests")
         mean_s = {
             name: _increase(samples, name) / requests if requests > 0 else nan
-            for name in ("queue_s", "prefill_s", "decode_s")
+            for name in ("queue_s", "prefill_s", "decode_s", "e2e_s")
         }
         kv_usage = np.array([sample.get("kv_usage", nan) for sample in samples])
         return ReplicaStats(
@@ -121,6 +122,7 @@ class EngineMetrics:
             engine_queue_s=mean_s["queue_s"],
             engine_prefill_s=mean_s["prefill_s"],
             engine_decode_s=mean_s["decode_s"],
+            engine_e2e_s=mean_s["e2e_s"],
         )
 
     def text(self, names: Mapping[tuple[int, int], str]) -> str:
