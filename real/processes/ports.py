@@ -51,19 +51,20 @@ class PortClaims:
 
 
 def group_listens(group: int | None, port: int) -> bool:
-    """Whether a process of this group listens on the port; True where the system does not tell."""
+    """Whether a process of this group listens on the port; also where the system does not tell whose port it is."""
     try:
         listeners = _listeners(port)
     except OSError:
         return True
+    groups = set()
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # gone meanwhile, or somebody else's
-            if int((process / "stat").read_text().rpartition(")")[2].split()[2]) == group:
-                for descriptor in (process / "fd").iterdir():
-                    with suppress(OSError):
-                        if str(descriptor.readlink()) in listeners:
-                            return True
-    return False
+            its_group = int((process / "stat").read_text().rpartition(")")[2].split()[2])
+            for descriptor in (process / "fd").iterdir():
+                with suppress(OSError):
+                    if str(descriptor.readlink()) in listeners:
+                        groups.add(its_group)
+    return group in groups or not groups
 
 
 def _listeners(port: int) -> set[str]:
