@@ -65,16 +65,19 @@ def load_fleet(path: str | FilePath, overrides: Overrides = ()) -> LoadedFleetFi
         raise FleetFileError([f"{path}: not a text file (byte {error.start} is not UTF-8)"]) from None
     except OSError as error:
         raise FleetFileError([f"{path}: cannot be read: {error.strerror}"]) from None
-    return parse_fleet(text, overrides, directory=path.parent)
+    return parse_fleet(text, overrides, directory=path.parent, name=str(path))
 
 
-def parse_fleet(text: str, overrides: Overrides = (), directory: str | FilePath = ".") -> LoadedFleetFile:
+def parse_fleet(
+    text: str, overrides: Overrides = (), directory: str | FilePath = ".", name: str = ""
+) -> LoadedFleetFile:
     """Check the text of a fleet file, as ``load_fleet`` does.
 
     Args:
         text: YAML.
         overrides: as for ``load_fleet``.
         directory: where files named in the text are looked for.
+        name: of the file that the text is from, told when it is no YAML.
 
     Raises:
         FleetFileError: with every mistake found, one line each.
@@ -82,7 +85,7 @@ def parse_fleet(text: str, overrides: Overrides = (), directory: str | FilePath 
     try:
         root = read_yaml(text)
     except YamlError as error:
-        raise FleetFileError([str(error)]) from None
+        raise FleetFileError([f"{name}: {error}" if name else str(error)]) from None
     if root.value is None:
         raise FleetFileError(["the fleet file is empty, expected at least 'workload' and 'fleets'"])
     if not isinstance(root.value, dict):

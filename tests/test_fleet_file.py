@@ -344,6 +344,12 @@ def test_text_that_is_no_fleet_file_is_told_in_one_line(text: str, line: str) ->
     assert mistakes(text) == [line]
 
 
+def test_a_file_that_is_no_yaml_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("run: *base")
+    with pytest.raises(FleetFileError, match=r"mine\.yaml: not valid YAML: line 1, column 6"):
+        load_fleet(tmp_path / "mine.yaml")
+
+
 def test_aliases_cannot_blow_up_memory() -> None:
     text = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
         f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join(['*' + chr(97 + n)] * 10)}]\n" for n in range(8)
