@@ -63,9 +63,11 @@ def test_a_measurement_becomes_a_profile(tmp_path: Path) -> None:
     assert {"idle", "steps", "closed"} <= {name.partition(" ")[0] for name in names}
     found = fit_folder(MeasurementFolder.existing(tmp_path / "expert"))
     assert found.matched == 1.0
-    # With little time left both closed-loop points may have as few users.
-    assert sum(name.startswith("closed") for name in names) == 2
-    assert {name for name in names if name.startswith("closed")} == set(found.check)
+    # With little time left the closed-loop points have few users, and one of a few iterations tells no error.
+    closed = [name for name in names if name.startswith("closed")]
+    assert len(closed) == 2
+    assert found.check
+    assert set(found.check) <= set(closed)
     profile = found.profile
     assert isinstance(profile.parameters, TermParameters)
     assert profile.parameters.per_iteration.value > 5e-4
