@@ -10,6 +10,11 @@ from tests.kit.processes import fetch_json, open_files, until
 from tests.kit.scene import Scene, scene
 
 
+def rate(replies: list[Reply]) -> float:
+    """Answers a second, from the first request sent to the last answer."""
+    return len(replies) / (max(reply.ended_s for reply in replies) - min(reply.sent_s for reply in replies))
+
+
 async def nothing_under_way(fleet: Scene) -> float:
     return await until(
         lambda: (
@@ -130,28 +135,31 @@ def test_g8_beyond_the_cap_requests_wait_or_are_refused_and_the_admitted_do_as_w
                     await asyncio.sleep(0.05)
                 return in_flight, queued
 
-            end_s = loop.time() + 2
-            at_cap, talk_before = await asyncio.gather(load(16, "code", end_s), load(2, "talk", end_s))
-            end_s = loop.time() + 2
-            over, talk, (in_flight, queued) = await asyncio.gather(
-                load(80, "code", end_s), load(2, "talk", end_s), watch(end_s)
-            )
-            good = [reply for reply in over if reply.outcome == "completed"]
-            refused = [reply for reply in over if reply.status == 429]
-            assert len(good) + len(refused) == len(over)
-            assert refused
-            assert {reply.outcome for reply in at_cap + talk_before + talk} == {"completed"}
-            assert all(int(reply.headers["retry-after"]) >= 1 for reply in refused)
-            assert in_flight <= 16
-            assert queued <= 8
+            async def stretch(users: int) -> tuple[list[Reply], list[Reply], tuple[float, float]]:
+                end_s = loop.time() + 1
+                return await asyncio.gather(load(users, "code", end_s), load(2, "talk", end_s), watch(end_s))
+
+            # In pairs, and the median of them: this may be a shared machine, which now and then stands still.
+            goodput, beside = [], []
+            for _ in range(5):
+                at_cap, talk_before, _ = await stretch(16)
+                over, talk, (in_flight, queued) = await stretch(80)
+                good = [reply for reply in over if reply.outcome == "completed"]
+                refused = [reply for reply in over if reply.status == 429]
+                assert len(good) + len(refused) == len(over)
+                assert refused
+                assert {reply.outcome for reply in at_cap + talk_before + talk} == {"completed"}
+                assert all(int(reply.headers["retry-after"]) >= 1 for reply in refused)
+                assert in_flight <= 16
+                assert queued <= 8
+                goodput.append(rate(good) / rate(at_cap))
+                beside.append(rate(talk) / rate(talk_before))
+                p50_ms, p99_ms = np.percentile([reply.took_s for reply in refused], [50, 99]) * 1e3
+                print(f"G8: 429 p50 {p50_ms:.1f} ms, p99 {p99_ms:.1f} ms; at five times the cap, of what was at it:")
+                print(f"G8: goodput {goodput[-1]:.2f}, the other class {beside[-1]:.2f}")
             assert fleet.experts["code"][0].state()["running_max"] <= 16
-            p99_ms = np.percentile([reply.took_s for reply in refused], 99) * 1e3
-            print(f"G8: 429 p50 {np.median([r.took_s for r in refused]) * 1e3:.1f} ms, p99 {p99_ms:.1f} ms")
-            print(f"G8: goodput at the cap {len(at_cap)}, at five times the cap {len(good)}, in 2 s each")
-            print(f"G8: the other class {len(talk_before)} before and {len(talk)} beside it")
-            # Two stretches of two seconds of a shared machine: what is printed tells more than what can be asserted.
-            assert len(good) > 0.8 * len(at_cap)
-            assert len(talk) > 0.6 * len(talk_before), "starved"
+            assert np.median(goodput) > 0.85
+            assert np.median(beside) > 0.75, "starved"
 
         fleet.play(story)
         fleet.check_ledger()
