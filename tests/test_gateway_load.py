@@ -130,7 +130,7 @@ def test_g8_beyond_the_cap_requests_wait_or_are_refused_and_the_admitted_do_as_w
                 in_flight = queued = 0.0
                 while loop.time() < end_s:
                     sample = await asyncio.to_thread(fleet.gateway.metrics)
-                    in_flight = max(in_flight, sample['expert_router_inflight{expert="code",replica="0"}'])
+                    in_flight = max(in_flight, sample.get('expert_router_inflight{expert="code",replica="0"}', 0))
                     queued = max(queued, sample.get('expert_router_queue_depth{expert="code"}', 0))
                     await asyncio.sleep(0.05)
                 return in_flight, queued
