@@ -1,16 +1,16 @@
 """A check for people: tables on a terminal, a picture, and files with every figure."""
 
-import csv
 from collections.abc import Sequence
 from math import isnan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from calibrate.check.comparison import Figure, coverage
+from calibrate.check.figures_file import FIGURES_FILE, write_figures, write_rows
 from calibrate.check.pace import Pace
 from calibrate.check.station_times import StationTime
 from sim.report import BOX, number_text
@@ -42,11 +42,6 @@ PANELS = (
     ("mean_e2el_ms", "E2E mean, ms"),
     ("p99_e2el_ms", "E2E p99, ms"),
 )
-CSV_COLUMNS = (
-    *("load", "expert", "metric", "predicted", "predicted_low", "predicted_high"),
-    *("measured", "measured_low", "measured_high", "error_pct", "noise_floor_pct", "limit_pct", "passes", "covered"),
-    "error_at_pace_pct",
-)
 AT_PACE_SHOWN = ("output_throughput", "mean_ttft_ms", "mean_tpot_ms", "mean_e2el_ms", "p99_e2el_ms")
 PACE_TITLE = "time of the engines' iterations as a multiple of what the profile says of the same batches"
 STATION_SHOWN_S = 0.0005  # a difference below half a millisecond says nothing
@@ -67,15 +62,15 @@ def print_check(outcome: "CheckOutcome", console: Console) -> None:
 def write_check(outcome: "CheckOutcome", folder: Path) -> list[Path]:
     """Write a comparison's tables (CSV), picture and Markdown page into a folder and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / name for name in ("check.csv", "stations.csv", "pace.csv", "check.png", "check.md")]
-    _write_csv(paths[0], CSV_COLUMNS, [_csv_row(figure) for figure in outcome.figures])
-    _write_csv(
+    paths = [folder / name for name in (FIGURES_FILE, "stations.csv", "pace.csv", "check.png", "check.md")]
+    write_figures(paths[0], outcome.figures)
+    write_rows(
         paths[1],
         ("load", "expert", "station", "simulated_s", "measured_s"),
         [(row.load, row.expert, row.station, row.simulated_s, row.measured_s) for row in outcome.stations],
     )
     names = ("load", "expert", "pace", "low", "high", "iterations", "known")
-    _write_csv(paths[2], names, [tuple(getattr(pace, name) for name in names) for pace in outcome.paces])
+    write_rows(paths[2], names, [tuple(getattr(pace, name) for name in names) for pace in outcome.paces])
     from sim.plots import save_picture
 
     save_picture(check_picture(outcome.figures, outcome.title), paths[3], "png")
@@ -287,28 +282,6 @@ def _batch_table(outcome: "CheckOutcome") -> Table:
     for replica, (simulated, measured) in zip(outcome.batches, shares, strict=True):
         table.add_row(replica, *(f"{simulated[place]:.0%} / {measured[place]:.0%}" for place in found))
     return table
-
-
-def _csv_row(figure: Figure) -> tuple[Any, ...]:
-    return (
-        *(figure.load, figure.expert, figure.column, figure.predicted, figure.predicted_low, figure.predicted_high),
-        *(figure.measured, figure.measured_low, figure.measured_high, 100 * figure.error, 100 * figure.noise_floor),
-        *(100 * figure.limit if not isnan(figure.tolerance) else float("nan"), figure.passes, figure.covered),
-        100 * figure.error_at_pace,
-    )
-
-
-def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows([_text(value) for value in row] for row in rows)
-
-
-def _text(value: Any) -> Any:
-    if value is None or (isinstance(value, float) and isnan(value)):
-        return ""
-    return f"{value:.6g}" if isinstance(value, float) else value
 
 
 __all__ = ["check_markdown", "check_picture", "coverage", "print_check", "write_check"]

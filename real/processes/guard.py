@@ -17,7 +17,6 @@ standard library is used: a guard takes some 10 MB and 30 ms.
 """
 
 import argparse
-import ctypes
 import os
 import selectors
 import shutil
@@ -26,9 +25,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-_PR_SET_PDEATHSIG = 1
+from real.processes.parent_death import die_with_parent, prctl
+
 _PR_SET_CHILD_SUBREAPER = 36
 
 _SWEEP_S = 10.0  # for killed processes to be gone
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if os.getpgrp() != os.getpid():
         os.setsid()
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    prctl(_PR_SET_CHILD_SUBREAPER, 1)
     if options.cores:
         os.sched_setaffinity(0, {int(core) for core in options.cores.split(",")})
     try:
@@ -61,7 +62,7 @@ def _watch(command: Sequence[str], life: int) -> int:
         signal.signal(number, lambda *_: None)
     signal.set_wakeup_fd(tell)
     try:
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=_die_with_the_guard)
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=partial(die_with_parent, os.getpid()))
     except OSError as error:
         print(f"cannot start {command[0]}: {error.strerror}", file=sys.stderr, flush=True)
         return 127
@@ -86,10 +87,6 @@ def _watch(command: Sequence[str], life: int) -> int:
     _sweep()
     status = child.returncode
     return status if status >= 0 else 128 - status
-
-
-def _die_with_the_guard() -> None:
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _sweep() -> None:
@@ -143,12 +140,6 @@ def _reap(but: int | None = None) -> None:
                     os.waitpid(pid, os.WNOHANG)
                 except ChildProcessError:
                     continue
-
-
-def _prctl(option: int, value: int) -> None:
-    """Linux only; elsewhere the supervisor's own clean-up has to do."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from pathlib import Path
 from real.experts.expert_server import EngineFailedError
 from real.processes.guarded_process import GuardedProcess, LifeLine, child_environment
 
-_READY = "ready"
+_READY = "gateway: ready at "
+"""How the line of its log begins that says so (``real.gateway.__main__``)."""
 
 
 class GatewayProcess:
@@ -69,7 +70,7 @@ class GatewayProcess:
             last = lines[-1] if lines else "nothing"
             raise EngineFailedError(f"gateway: it ended with status {status}: {last}; log: {self.log}")
         if not self._is_ready:
-            self._is_ready = any(_READY in line.split() for line in self._process.log_text().splitlines())
+            self._is_ready = any(line.startswith(_READY) for line in self._process.log_text().splitlines())
         return self._is_ready
 
     def stage(self) -> str:

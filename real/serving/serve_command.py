@@ -12,6 +12,7 @@ from sim.report import wide_console
 
 if TYPE_CHECKING:
     from real.serving.fleet import RunningFleet
+    from sim.spec import ExpertSpec
 
 
 @click.command("serve", context_settings={"help_option_names": ["-h", "--help"]})
@@ -96,6 +97,12 @@ def _as_interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def _weights(spec: "ExpertSpec") -> str:
+    """Name a model's weights, and what they are computed in where the fleet file says so."""
+    computed = "" if spec.engine.dtype == "auto" else f", computed in {spec.engine.dtype}"
+    return f"{spec.model} {spec.quantization}{computed}"
+
+
 def _show(fleet: "RunningFleet", console: Console) -> None:
     from rich.table import Table
 
@@ -112,7 +119,7 @@ def _show(fleet: "RunningFleet", console: Console) -> None:
         settings = plan.settings
         table.add_row(
             plan.name,
-            f"{plan.spec.model} {plan.spec.quantization}",
+            _weights(plan.spec),
             where,
             server.url,
             str(report.num_gpu_blocks),
