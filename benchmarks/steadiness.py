@@ -10,8 +10,8 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable
-from ctypes import c_bool
 from itertools import cycle
+from multiprocessing.synchronize import Event
 from typing import Any
 
 import numpy as np
@@ -61,11 +61,11 @@ def speeds(core: int, what: str, seconds: float) -> np.ndarray[Any, np.dtype[np.
     return np.array(found)
 
 
-def _keep_busy(core: int, what: str, busy: Any, over: Any) -> None:
+def _keep_busy(core: int, what: str, busy: Event, over: Event) -> None:
     os.sched_setaffinity(0, {core})
     compute = COMPUTATIONS[what]()
-    while not over.value:
-        if busy.value:
+    while not over.is_set():
+        if busy.is_set():
             compute()
         else:
             time.sleep(0.001)
@@ -73,7 +73,7 @@ def _keep_busy(core: int, what: str, busy: Any, over: Any) -> None:
 
 def beside_neighbour(core: int, neighbour: int, what: str, its: str, seconds: float) -> tuple[float, float]:
     """Return how much longer a computation takes while a neighbour computes, as a share, and its standard error."""
-    busy, over = (multiprocessing.Value(c_bool, False, lock=False) for _ in range(2))
+    busy, over = multiprocessing.Event(), multiprocessing.Event()
     process = multiprocessing.Process(target=_keep_busy, args=(neighbour, its, busy, over))
     process.start()
     try:
@@ -82,7 +82,7 @@ def beside_neighbour(core: int, neighbour: int, what: str, its: str, seconds: fl
         time.sleep(1.0)
         took_s = []
         for turn in range(round(seconds / TURN_S)):
-            busy.value = bool(turn % 2)
+            (busy.set if turn % 2 else busy.clear)()
             time.sleep(0.005)  # the neighbour looks once a millisecond
             done, began_s = 0, time.perf_counter()
             while (passed_s := time.perf_counter() - began_s) < TURN_S:
@@ -90,7 +90,7 @@ def beside_neighbour(core: int, neighbour: int, what: str, its: str, seconds: fl
                 done += 1
             took_s.append(passed_s / done)
     finally:
-        over.value = True
+        over.set()
         process.join()
     logs = np.log(np.array(took_s[: len(took_s) // 2 * 2]).reshape(-1, 2))
     longer = logs[:, 1] - logs[:, 0]

@@ -15,7 +15,7 @@ from calibrate.check.pace import Pace, factors, paces
 from calibrate.check.station_times import StationTime, station_times
 from calibrate.check.taken_for import taken_for
 from real.experts.iteration_log import IterationLine, IterationLog
-from real.serving.fleet import serving
+from real.serving.fleet import RunningFleet
 from real.users.run import run
 from sim.outputs import write_result
 from sim.request import Request
@@ -144,23 +144,22 @@ class CheckOutcome:
         )
 
 
-def check(file: FleetFile, fleet: str, *, folder: Path, step: Step) -> CheckOutcome:
+def check(file: FleetFile, served: RunningFleet, *, folder: Path, step: Step) -> CheckOutcome:
     """Simulate a fleet of a calibrated file, run it for real, and compare.
 
     Ctrl-C ends the real runs early: what was measured is compared, with ``interrupted`` set.
 
     Args:
         file: its experts have profiles, or the roofline predicts.
-        fleet: one of its fleets.
-        folder: for the logs of the real processes and for the records of the prediction and of each real run, which are
-            written as soon as there are any.
+        served: one of its fleets, whose engines run; its gateway is started here.
+        folder: for the records of the prediction and of each real run, which are written as soon as there are any.
         step: shows progress.
 
     Raises:
         FleetFileError, TraceError, ValueError: the file cannot work, see ``simulate`` and ``run``.
-        EngineFailedError: an engine did not start.
+        EngineFailedError: the gateway did not start.
     """
-    spec = file.check
+    spec, fleet = file.check, served.name
     file = file.model_copy(
         update={
             "fleets": {fleet: file.fleets[fleet]},
@@ -179,20 +178,20 @@ def check(file: FleetFile, fleet: str, *, folder: Path, step: Step) -> CheckOutc
     experts = {expert.name: index for index, expert in enumerate(predicted.fleets[fleet].experts)}
     measured: list[Result] = []
     interrupted = False
-    with step("starting the fleet"), serving(file, fleet, logs=folder / "logs") as running:
-        for repeat in range(spec.repeats):
-            with step(f"measuring, run {repeat + 1} of {spec.repeats}") as progress:
-                result = run(file, fleet=fleet, url=running.url, replica_urls=running.replica_urls, progress=progress)
-            if result.runs:
-                measured.append(result)
-                write_result(result, folder / f"measured-{repeat + 1}", RECORDS)
-            if result.interrupted:
-                interrupted = True
-                break
-        lines = {
-            (experts[server.plan.expert], server.plan.replica): IterationLog(server.log).new_lines()
-            for server in running.servers
-        }
+    served.start_gateway()
+    for repeat in range(spec.repeats):
+        with step(f"measuring, run {repeat + 1} of {spec.repeats}") as progress:
+            result = run(file, fleet=fleet, url=served.url, replica_urls=served.replica_urls, progress=progress)
+        if result.runs:
+            measured.append(result)
+            write_result(result, folder / f"measured-{repeat + 1}", RECORDS)
+        if result.interrupted:
+            interrupted = True
+            break
+    lines = {
+        (experts[server.plan.expert], server.plan.replica): IterationLog(server.log).new_lines()
+        for server in served.servers
+    }
     found = paces(predicted.fleets[fleet].experts, [run for result in measured for run in result.runs], lines)
     at_pace = [
         simulate(_at_load(file, load), iteration_time_factors=factors(found, load), taken_for=classified, workers=1)

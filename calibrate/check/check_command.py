@@ -11,6 +11,7 @@ from rich.console import Console
 from sim.simulate_command import UserList
 
 if TYPE_CHECKING:
+    from real.serving.fleet import RunningFleet
     from sim.fleet_file import LoadedFleetFile
 
 
@@ -52,7 +53,7 @@ def command(
     from calibrate.check.check import check
     from calibrate.check.check_report import print_check, write_check
     from real.experts.expert_server import EngineFailedError
-    from real.serving.fleet import only_fleet
+    from real.serving.fleet import RunningFleet, engines_of, only_fleet
     from sim.fleet_file import FleetFileError, load_fleet
     from sim.report import wide_console
     from sim.run import with_changes
@@ -64,9 +65,17 @@ def command(
         make_folder(out)
         fleet_file = load_fleet(file, overrides)
         fleet = only_fleet(fleet_file) if fleet_name is None else fleet_name
-        calibrated = _calibrated(fleet_file, fleet, minutes, out / "calibration", messages)
-        changed = with_changes(calibrated, users=users, seed=None, replications=None)
-        outcome = check(changed, fleet, folder=out, step=lambda what: _step(messages, what))
+        with_changes(fleet_file, users=users, seed=None, replications=None)  # what is wrong with it is told at once
+        served = RunningFleet(
+            fleet_file,
+            fleet,
+            logs=out / "logs",
+            tell=lambda line: messages.print(line, highlight=False, markup=False, soft_wrap=True),
+        )
+        with engines_of(served):
+            calibrated = _calibrated(fleet_file, served, minutes, out / "calibration", messages)
+            changed = with_changes(calibrated, users=users, seed=None, replications=None)
+            outcome = check(changed, served, folder=out, step=lambda what: _step(messages, what))
     except (FleetFileError, TraceError, EngineFailedError, ValueError, OSError) as error:
         messages.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(2) from None
@@ -86,15 +95,20 @@ def command(
 
 
 def _calibrated(
-    file: "LoadedFleetFile", fleet: str, minutes: float, folder: Path, messages: Console
+    file: "LoadedFleetFile", served: "RunningFleet", minutes: float, folder: Path, messages: Console
 ) -> "LoadedFleetFile":
-    """Return the file with a profile for each expert of the fleet, measured now or before where it names none."""
+    """Return the file with a profile for each expert of the fleet, measured now or before where it names none.
+
+    The engines that are to serve are themselves measured: to start others takes as long as a good part of measuring,
+    and no two processes are quite alike.
+    """
+    from calibrate.measure.engine_under_test import served_by
     from calibrate.measure.fleet import measure_fleet
     from sim.fleet_file import load_fleet
 
-    if fleet in file.fleets and all(expert.profile is not None for expert in file.fleets[fleet].experts.values()):
+    if all(expert.profile is not None for expert in file.fleets[served.name].experts.values()):
         return file
-    path = measure_fleet(file, fleet, minutes=minutes, out=folder, messages=messages)
+    path = measure_fleet(file, served.name, minutes=minutes, out=folder, messages=messages, start=served_by(served))
     return load_fleet(path)
 
 

@@ -1,13 +1,21 @@
 """A real engine while it is measured: started as ``serve`` would start it, with its log and its processes in view."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from calibrate.measure.machine import command_line, cpu_seconds, processes_under
 from sim.fleet import EngineSettings
 from sim.spec import EngineSpec, ExpertSpec
+
+if TYPE_CHECKING:
+    from real.experts.expert_server import ExpertServer
+    from real.serving.fleet import RunningFleet
+
+AGAIN_S = 900.0
+"""How long a served engine that has died may take to be there again: as long as its start, twice over."""
 
 
 class EngineGoneError(RuntimeError):
@@ -77,32 +85,19 @@ Raises EngineGoneError."""
 
 
 class RunningExpert:
-    """A server that ``real.experts.expert_server`` started; fulfils EngineUnderTest."""
+    """A ready server of ``real.experts.expert_server``; fulfils EngineUnderTest."""
 
-    def __init__(self, name: str, spec: ExpertSpec, cores: tuple[int, ...], port: int, folder: Path):
-        """Start it and wait until it answers.
+    def __init__(self, server: "ExpertServer", stop: Callable[[], None]):
+        """Take a server that has reported.
 
-        Raises:
-            EngineGoneError: it did not come up, its port is taken, or its checkpoint is missing or another's.
+        Args:
+            server: ready.
+            stop: ends it, or not, if it is somebody else's.
         """
-        from real.experts.checkpoints import find_checkpoint
-        from real.experts.cores import Placement, place_replicas
-        from real.experts.expert_server import EngineFailedError, ExpertServer, plan_replica
-        from real.processes.guarded_process import LifeLine
-
-        self._life = LifeLine()
-        try:
-            placement = Placement(cores=cores) if cores else place_replicas({name: spec})[0][name][0]
-            plan = plan_replica(name, 0, spec, checkpoint=find_checkpoint(name, spec), placement=placement, port=port)
-            self._server = ExpertServer(plan, logs=folder, life=self._life)
-            self._server.start()
-            report = self._server.wait_until_ready()
-        except (EngineFailedError, ValueError) as error:
-            self._life.close()
-            raise EngineGoneError(str(error)) from error
-        except BaseException:
-            self._life.close()
-            raise
+        report, plan = server.report, server.plan
+        assert report is not None
+        self._server = server
+        self._stop = stop
         settings = plan.settings
         found = {name: value for name in _SETTINGS if (value := getattr(report, name)) is not None}
         if report.num_gpu_blocks is not None:
@@ -111,7 +106,7 @@ class RunningExpert:
         self._facts = EngineFacts(
             version=f"vLLM {report.version}",
             settings=settings,
-            engine=spec.engine.model_copy(
+            engine=plan.spec.engine.model_copy(
                 update={
                     "max_num_seqs": settings.max_num_seqs,
                     "max_num_batched_tokens": settings.max_num_batched_tokens,
@@ -120,16 +115,16 @@ class RunningExpert:
                     "num_gpu_blocks_override": settings.num_kv_blocks + 1,
                     "enable_prefix_caching": settings.enable_prefix_caching,
                     "async_scheduling": settings.async_scheduling,
-                    "enforce_eager": spec.engine.enforce_eager
+                    "enforce_eager": plan.spec.engine.enforce_eager
                     if report.enforce_eager is None
                     else report.enforce_eager,
                 }
             ),
             num_gpu_blocks=settings.num_kv_blocks + 1,
-            cores=placement.cores,
-            command=tuple(self._server.command),
+            cores=plan.placement.cores,
+            command=tuple(server.command),
         )
-        self._front_end = _front_end_of(self._server.pid)
+        self._front_end = _front_end_of(server.pid)
 
     @property
     def url(self) -> str:
@@ -160,11 +155,61 @@ class RunningExpert:
         return self._server.is_running
 
     def stop(self) -> None:
-        """End it and all it started."""
+        """End it and all it started, unless it is somebody else's."""
+        self._stop()
+
+
+def start_expert(name: str, spec: ExpertSpec, cores: tuple[int, ...], port: int, folder: Path) -> EngineUnderTest:
+    """Start a server and wait until it answers: a ``Start``.
+
+    Raises:
+        EngineGoneError: it did not come up, its port is taken, or its checkpoint is missing or another's.
+    """
+    from real.experts.checkpoints import find_checkpoint
+    from real.experts.cores import Placement, place_replicas
+    from real.experts.expert_server import EngineFailedError, ExpertServer, plan_replica
+    from real.processes.guarded_process import LifeLine
+
+    life = LifeLine()
+    try:
+        placement = Placement(cores=cores) if cores else place_replicas({name: spec})[0][name][0]
+        plan = plan_replica(name, 0, spec, checkpoint=find_checkpoint(name, spec), placement=placement, port=port)
+        server = ExpertServer(plan, logs=folder, life=life)
+        server.start()
+        server.wait_until_ready()
+    except (EngineFailedError, ValueError) as error:
+        life.close()
+        raise EngineGoneError(str(error)) from error
+    except BaseException:
+        life.close()
+        raise
+
+    def stop() -> None:
         try:
-            self._server.stop()
+            server.stop()
         finally:
-            self._life.close()
+            life.close()
+
+    return RunningExpert(server, stop)
+
+
+def served_by(fleet: "RunningFleet") -> Start:
+    """Return a ``Start`` that starts nothing: it hands out the first replica of an expert of a fleet that is served.
+
+    One that has died is waited for: whoever serves the fleet starts it again.
+    """
+
+    def find(name: str, spec: ExpertSpec, cores: tuple[int, ...], port: int, folder: Path) -> EngineUnderTest:
+        server = next(each for each in fleet.servers if each.plan.spec == spec)
+        watched = next(each for each in fleet.supervisor.experts if each.service is server)
+        deadline_s = time.monotonic() + AGAIN_S
+        while watched.state != "ready" or not watched.service.is_running:
+            if watched.state == "given up" or time.monotonic() > deadline_s:
+                raise EngineGoneError(f"{name}: {watched.reason or 'it does not come up again'}")
+            time.sleep(0.2)
+        return RunningExpert(server, lambda: None)
+
+    return find
 
 
 _SETTINGS = (

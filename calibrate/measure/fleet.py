@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 from rich.console import Console
 
-from calibrate.measure.engine_under_test import EngineGoneError, EngineUnderTest, RunningExpert
+from calibrate.measure.engine_under_test import EngineGoneError, EngineUnderTest, Start, start_expert
 from calibrate.measure.files import MeasurementError
 from calibrate.measure.grid import Lengths, lengths_of
 from calibrate.measure.measured_experts import (
@@ -30,7 +30,9 @@ from sim.traces import read_workload_data
 ROUTER_FILE = "router.json"
 
 
-def measure_fleet(file: LoadedFleetFile, fleet: str, *, minutes: float, out: Path, messages: Console) -> Path:
+def measure_fleet(
+    file: LoadedFleetFile, fleet: str, *, minutes: float, out: Path, messages: Console, start: Start = start_expert
+) -> Path:
     """Measure the experts of one fleet that have no profile; return the calibrated fleet file.
 
     Args:
@@ -39,13 +41,14 @@ def measure_fleet(file: LoadedFleetFile, fleet: str, *, minutes: float, out: Pat
         minutes: of measuring, per engine.
         out: folder for records, profiles and the file; what was measured in it before is not measured again.
         messages: told how far it is.
+        start: starts an engine, or finds it where it runs already.
 
     Raises:
         MeasurementError: see ``one_engine.measure_expert``; also when not all was measured.
         ValueError: the file has no such fleet.
     """
     missing = [each for each in distinct_experts(file, [fleet]) if each.spec.profile is None]
-    if not measure_experts(file, missing, minutes=minutes, out=out, messages=messages, console=messages):
+    if not measure_experts(file, missing, minutes=minutes, out=out, messages=messages, console=messages, start=start):
         raise MeasurementError(f"{fleet}: not all was measured; what was is kept in {out}, the same command goes on")
     return out / CALIBRATED_FILE
 
@@ -60,6 +63,7 @@ def measure_experts(
     console: Console,
     command: str = "expert-router",
     whole_file: bool = True,
+    start: Start = start_expert,
 ) -> bool:
     """Measure engines and write a profile of each and the calibrated file; return whether all were measured completely.
 
@@ -74,15 +78,18 @@ def measure_experts(
         console: told what was found.
         command: noted in all that is written.
         whole_file: the file is a user's, not made for one model.
+        start: starts an engine, or finds it where it runs already.
     """
     complete = True
     profiles: dict[tuple[str, str], str] = {}
     measured: list[DistinctExpert] = []
-    router = _Router(file, chosen, out, messages) if whole_file else None
+    router = _Router(file, chosen, out, messages, start) if whole_file else None
     for expert in chosen:
         afterwards = router.measure_for(expert) if router is not None and expert is chosen[-1] else None
         try:
-            outcome = _measure_one(file, expert, minutes, out, messages, command, afterwards, whole_file=whole_file)
+            outcome = _measure_one(
+                file, expert, minutes, out, messages, command, afterwards, start, whole_file=whole_file
+            )
         except EngineGoneError as error:  # the others may well run
             messages.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
             complete = False
@@ -120,6 +127,7 @@ def _measure_one(
     messages: Console,
     command: str,
     afterwards: Callable[[EngineUnderTest], None] | None,
+    start: Start,
     *,
     whole_file: bool,
 ) -> Outcome:
@@ -130,7 +138,7 @@ def _measure_one(
             folder=out / expert.name,
             lengths=_lengths(file, expert, whole_file=whole_file),
             minutes=minutes,
-            start=RunningExpert,
+            start=start,
             cores=_cores(file, expert),
             port=file.serve.expert_port,
             command=command.split(" "),
@@ -148,8 +156,11 @@ def _measure_one(
 class _Router:
     """Measures the file's router once, in front of whichever engine runs last, and keeps it in ``router.json``."""
 
-    def __init__(self, file: LoadedFleetFile, chosen: Sequence[DistinctExpert], out: Path, messages: Console):
+    def __init__(
+        self, file: LoadedFleetFile, chosen: Sequence[DistinctExpert], out: Path, messages: Console, start: Start
+    ):
         self._file = file
+        self._start = start
         self._out = out
         self._messages = messages
         self._failed = False
@@ -173,7 +184,7 @@ class _Router:
             expert = measured[-1]
             self._messages.print(f"{expert.name}: starting the engine for the router", highlight=False)
             try:
-                engine = RunningExpert(
+                engine = self._start(
                     expert.name,
                     expert.spec,
                     _cores(self._file, expert),

@@ -153,6 +153,16 @@ class RunningFleet:
         Raises:
             EngineFailedError: something could not be started; nothing is left running then.
         """
+        self.start_engines(limit_s)
+        self.start_gateway(limit_s)
+
+    def start_engines(self, limit_s: float = START_LIMIT_S) -> None:
+        """Start the engines, wait until they serve, and keep them so.
+
+        Raises:
+            EngineFailedError: something could not be started, or the gateway could not be later; nothing is left
+                running then.
+        """
         for port, place in self._ports.items():
             if not port_is_free(port):
                 raise EngineFailedError(f"port {port} is in use; set {place} to another, or end what uses it")
@@ -174,10 +184,18 @@ class RunningFleet:
         for line in self.warnings:
             self._tell(f"{WARNING}{line}")
         self._tell(f"starting {len(self.servers)} engine(s), logs in {self.logs}")
-        self.supervisor.start(limit_s)
+        self.supervisor.start_experts(limit_s)
         for server in self.servers:
             for line in server.differences():
                 self._tell(line)
+
+    def start_gateway(self, limit_s: float = START_LIMIT_S) -> None:
+        """Start the gateway in front of the engines, where the fleet has one, and keep it so.
+
+        Raises:
+            EngineFailedError: it could not be started; nothing is left running then.
+        """
+        self.supervisor.start_gateway(limit_s)
 
     def stop(self, *, drain_s: float | None = None) -> None:
         """Stop everything: the gateway drains first. May be called again."""
@@ -266,14 +284,26 @@ def serving(
         limit_s: how long an engine may take to start.
 
     Raises:
-        FleetFileError: the file cannot work, here or at all.
+        FleetFileError: the file cannot work.
         EngineFailedError: something could not be started.
     """
     name = only_fleet(file) if fleet_name is None else fleet_name
     fleet = RunningFleet(file, name, logs=Path(logs), tell=tell, log_iterations=log_iterations, gateway=gateway)
-    try:
-        fleet.start(limit_s)
+    with engines_of(fleet, limit_s):
+        fleet.start_gateway(limit_s)
         yield fleet
+
+
+@contextmanager
+def engines_of(fleet: RunningFleet, limit_s: float = START_LIMIT_S) -> Iterator[None]:
+    """Run a fleet's engines while the block runs; its gateway waits until the block calls ``start_gateway``.
+
+    Raises:
+        EngineFailedError: something could not be started.
+    """
+    try:
+        fleet.start_engines(limit_s)
+        yield
     finally:
         fleet.stop()
 

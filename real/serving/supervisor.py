@@ -89,8 +89,9 @@ class Watched:
 class Supervisor:
     """Starts services, restarts those that die, stops all.
 
-    ``start`` returns when all are ready and watches from then on in a thread of its own. What cannot even start the
-    first time is an error, not a reason to try again.
+    ``start`` returns when all are ready and watches from then on in a thread of its own; so does each of its halves,
+    ``start_experts`` and ``start_gateway``. What cannot even start the first time is an error, not a reason to try
+    again.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class Supervisor:
         self._ending = threading.Event()
         self._failed = threading.Event()
         self._thread: threading.Thread | None = None
+        self._in_view: list[Watched] = []  # those that have been ready
 
     @property
     def watched(self) -> list[Watched]:
@@ -142,17 +144,39 @@ class Supervisor:
         Raises:
             EngineFailedError: something could not be started; everything is stopped then.
         """
+        self.start_experts(limit_s)
+        self.start_gateway(limit_s)
+
+    def start_experts(self, limit_s: float = START_LIMIT_S) -> None:
+        """Start the experts and wait until they are ready; then watch them.
+
+        Raises:
+            EngineFailedError: one could not be started; all are stopped then.
+        """
         try:
             self._start_all(self.experts, limit_s)
-            if self.gateway is not None:
-                self._start_all([self.gateway], limit_s)
         except BaseException:
-            # The gateway may have users from the moment it is ready, which is before this has returned.
-            serves = self.gateway is not None and self.gateway.state == "ready"
-            self.stop(drain_s=None if serves else 0)
+            self.stop(drain_s=0)
             raise
+        self._in_view = list(self.experts)
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
         self._thread.start()
+
+    def start_gateway(self, limit_s: float = START_LIMIT_S) -> None:
+        """Start the gateway, if there is one, and wait until it is ready; then watch it as well.
+
+        Raises:
+            EngineFailedError: it could not be started; everything is stopped then.
+        """
+        if self.gateway is None:
+            return
+        try:
+            self._start_all([self.gateway], limit_s)
+        except BaseException:
+            # The gateway may have users from the moment it is ready, which is before this has returned.
+            self.stop(drain_s=None if self.gateway.state == "ready" else 0)
+            raise
+        self._in_view = self.watched
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until the fleet has failed; False after ``timeout_s``. Signals are taken in between."""
@@ -225,7 +249,7 @@ class Supervisor:
 
     def _watch(self) -> None:
         while not self._ending.wait(_TICK_S):
-            for each in self.watched:
+            for each in self._in_view:
                 try:
                     self._look_at(each)
                 except EngineFailedError as error:

@@ -14,6 +14,6 @@ def drain(number: int, frame: FrameType | None) -> None:
 
 
 signal.signal(signal.SIGTERM, drain)
-print("gateway ready on http://127.0.0.1", file=sys.stderr, flush=True)
+print("gateway: ready at http://127.0.0.1", file=sys.stderr, flush=True)
 while True:
     time.sleep(1)
