@@ -147,7 +147,7 @@ def main() -> None:
         *("# laptop: predicted and measured", ""),
         f"Made on {made.date} ({made.device}; {made.expert.engine_version}, random weights, float32) by",
         *("", f"    {COMMAND}", ""),
-        f"which makes {len(folders)} times, each with a calibration of its own,",
+        f"which makes this check {len(folders)} times, each with a calibration of its own:",
         *("", f"    expert-router check examples/laptop.yaml --users {USERS} {' '.join(CHECK)}", ""),
         *told,
         *("", f"![predicted and measured]({PICTURE})", ""),
