@@ -19,11 +19,12 @@ import pytest
 from click.testing import CliRunner
 
 import real.serving.supervisor
+from calibrate.measure.engine_under_test import EngineGoneError, served_by
 from real.experts.checkpoints import Checkpoint
 from real.experts.expert_server import EngineFailedError, ExpertServer
 from real.processes.guarded_process import child_environment
 from real.processes.ports import port_is_free
-from real.serving.fleet import STATE_FILE, RunningFleet, read_state, serving
+from real.serving.fleet import STATE_FILE, RunningFleet, engines_of, read_state, serving
 from sim.cli import main
 from sim.fleet_file import FleetFileError, LoadedFleetFile, parse_fleet
 from sim.spec import ExpertSpec
@@ -132,6 +133,46 @@ def test_without_the_gateway_the_experts_are_talked_to(file: LoadedFleetFile, tm
     with serving(file, "routed", logs=tmp_path, gateway=False) as fleet:
         assert fleet.url == fleet.replicas[0].url
         assert len(groups_of(fleet)) == 3
+
+
+def test_engines_can_be_measured_before_the_gateway_is_there(file: LoadedFleetFile, tmp_path: Path) -> None:
+    fleet = RunningFleet(file, "routed", logs=tmp_path)
+    with engines_of(fleet):
+        gateway = fleet.supervisor.gateway
+        assert gateway is not None
+        assert (gateway.state, gateway.service.pid) == ("new", None)
+        start = served_by(fleet)
+        chat = file.fleets["routed"].experts["chat"]
+        engine = start("chat", chat, (), 0, tmp_path)
+        assert (engine.url, engine.served_model) == (fleet.replica_urls["chat"][0], "chat")
+        assert (engine.facts.num_gpu_blocks, engine.facts.settings.block_size) == (33, 128)
+        engine.stop()
+        assert engine.is_running(), "it is the fleet's"
+
+        server = fleet.servers[1]
+        assert server.pid is not None
+        os.kill(child_named(server.pid, "vllm.entrypoints"), signal.SIGKILL)
+        start("chat", chat, (), 0, tmp_path)
+        assert fleet.supervisor.experts[1].restarts == 1, "it was not waited for"
+
+        fleet.start_gateway()
+        assert gateway.state == "ready"
+        groups = groups_of(fleet)
+        assert len(groups) == 4
+    assert nobody_is_left(groups)
+
+
+def test_an_engine_that_is_given_up_cannot_be_measured(
+    file: LoadedFleetFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(real.serving.supervisor, "RESTARTS", 1)
+    fleet = RunningFleet(file, "direct", logs=tmp_path)
+    with engines_of(fleet):
+        (tmp_path / "fails").write_text("ValueError: the disk is on fire")
+        assert fleet.servers[0].pid is not None
+        os.kill(child_named(fleet.servers[0].pid, "vllm.entrypoints"), signal.SIGKILL)
+        with pytest.raises(EngineGoneError, match="the disk is on fire"):
+            served_by(fleet)("code", file.fleets["direct"].experts["code"], (), 0, tmp_path)
 
 
 @pytest.mark.parametrize("victim", ["api_server", "guard"])

@@ -99,8 +99,7 @@ def _calibrated(
 ) -> "LoadedFleetFile":
     """Return the file with a profile for each expert of the fleet, measured now or before where it names none.
 
-    The engines that are to serve are themselves measured: to start others takes as long as a good part of measuring,
-    and no two processes are quite alike.
+    The engines that are to serve are themselves measured: to start others takes as long as a good part of measuring.
     """
     from calibrate.measure.engine_under_test import served_by
     from calibrate.measure.fleet import measure_fleet

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from real.serving.fleet import RunningFleet
 
 AGAIN_S = 900.0
-"""How long a served engine that has died may take to be there again: as long as its start, twice over."""
+"""How long a served engine that has died may take to be there again: as long as any start may take."""
 
 
 class EngineGoneError(RuntimeError):
@@ -203,13 +203,23 @@ def served_by(fleet: "RunningFleet") -> Start:
         server = next(each for each in fleet.servers if each.plan.spec == spec)
         watched = next(each for each in fleet.supervisor.experts if each.service is server)
         deadline_s = time.monotonic() + AGAIN_S
-        while watched.state != "ready" or not watched.service.is_running:
+        while watched.state != "ready" or not _answers(server):
             if watched.state == "given up" or time.monotonic() > deadline_s:
                 raise EngineGoneError(f"{name}: {watched.reason or 'it does not come up again'}")
             time.sleep(0.2)
         return RunningExpert(server, lambda: None)
 
     return find
+
+
+def _answers(server: "ExpertServer") -> bool:
+    """Whether it does now; a server's death is seen here before whoever watches it has seen it."""
+    from real.experts.expert_server import EngineFailedError
+
+    try:
+        return server.is_ready()
+    except EngineFailedError:
+        return False
 
 
 _SETTINGS = (
