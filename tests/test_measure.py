@@ -57,7 +57,7 @@ def test_a_measurement_becomes_a_profile(tmp_path: Path) -> None:
     seen: list[str] = []
     outcome = measure(tmp_path / "expert", 0.15, Starts(), seen=seen)
     assert outcome.complete
-    assert seen[0] == "expert: starting the engine"
+    assert seen[0] == "expert: waiting for the engine"
     names = [label.partition("#")[0] for label in labels(tmp_path / "expert")]
     assert names[0] == "reference"
     assert {"idle", "steps", "closed"} <= {name.partition(" ")[0] for name in names}

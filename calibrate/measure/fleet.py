@@ -250,7 +250,7 @@ def _fit_and_write(name: str, outcome: Outcome, out: Path, messages: Console, co
 def _progress(console: Console, budget_s: float) -> Iterator[Progress]:
     """Show what is measured and the time left; on a terminal as a bar, elsewhere a line at each engine."""
     if not console.is_terminal:
-        yield lambda measured_s, what: None if "starting" not in what else console.print(what, highlight=False)
+        yield lambda measured_s, what: None if "waiting" not in what else console.print(what, highlight=False)
         return
     from rich.progress import BarColumn, TextColumn
     from rich.progress import Progress as Bar

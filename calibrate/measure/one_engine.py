@@ -98,7 +98,7 @@ def measure_expert(
     if measured.meta is not None and measured.meta.complete_minutes >= minutes:
         return Outcome(measured=measured, complete=True)
     for attempt in range(MOST_RESTARTS + 1):
-        progress(_seconds(measured), f"{name}: starting the engine")
+        progress(_seconds(measured), f"{name}: waiting for the engine")
         try:
             engine = start(name, spec, tuple(cores), port, folder)
         except EngineGoneError as error:
