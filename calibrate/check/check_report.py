@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from calibrate.check.comparison import Figure, coverage
+from calibrate.check.comparison import Figure
 from calibrate.check.figures_file import FIGURES_FILE, write_figures, write_rows
 from calibrate.check.pace import Pace
 from calibrate.check.station_times import StationTime
@@ -282,6 +282,3 @@ def _batch_table(outcome: "CheckOutcome") -> Table:
     for replica, (simulated, measured) in zip(outcome.batches, shares, strict=True):
         table.add_row(replica, *(f"{simulated[place]:.0%} / {measured[place]:.0%}" for place in found))
     return table
-
-
-__all__ = ["check_markdown", "check_picture", "coverage", "print_check", "write_check"]
