@@ -217,7 +217,8 @@ class Factors:
         return self.replaced({"host.launch_per_layer_s": 0.0, "host.eager_launch_per_layer_s": 0.0})
 
     def _group(self, group: str, kind: type[_Group]) -> _Group:
-        return kind(**{field.name: self._values[f"{group}.{field.name}"] for field in fields(kind)})
+        keys = {field.name: f"{group}.{field.name}" for field in fields(kind)}
+        return kind(**{name: self._values[key] for name, key in keys.items() if key in self._values})
 
 
 @cache

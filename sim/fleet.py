@@ -32,12 +32,15 @@ class FrontEnd:
     Attributes:
         delay_s: what a request waits between front end and engine while nobody works on it (sockets, hand-over).
         per_request_s: CPU seconds of the front-end process a request; likewise per prompt and per output token.
+        per_request_engine_s: what a request that comes to a busy engine takes from it besides, where front end and
+            engine share cores: the iteration that admits it takes so much longer.
     """
 
     per_request_s: float
     per_prompt_token_s: float
     per_output_token_s: float
     delay_s: float = 0.0
+    per_request_engine_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -161,6 +161,7 @@ class FrontEndCosts(Spec):
     per_request_s: Parameter
     per_prompt_token_s: Parameter
     per_output_token_s: Parameter
+    per_request_engine_s: Parameter | None = Field(None, description="none: the engine has cores of its own")
 
 
 class Profile(Spec):

@@ -109,6 +109,7 @@ class Replica:
         self._router = router if router is not None and router.streams_cost else None
         self._wakes_router = router is not None and router.wake_ups_cost
         self._per_output_token_s = expert.front_end.per_output_token_s
+        self._per_request_engine_s = expert.front_end.per_request_engine_s
         self._network_s = network_s
         self._user_network_s = user_network_s
         self._deliver = deliver
@@ -215,7 +216,7 @@ class Replica:
         due = self._due
         while due and due[0].engine_arrival_s <= now_s:
             self.engine.add(due.popleft())
-        self._start_run(now_s)
+        self._start_run(now_s, per_request_s=0.0)
 
     def _on_run_end(self, event: Event) -> None:
         if event is not self._event:
@@ -262,7 +263,7 @@ class Replica:
             while due and due[0].engine_arrival_s < end_s:
                 request = due.popleft()
                 engine.add(request, engine.iteration - (request.engine_arrival_s < last_start_s))
-        self._start_run(end_s)
+        self._start_run(end_s, per_request_s=self._per_request_engine_s)
         if finished:
             for request in finished:
                 request.last_run = run
@@ -335,7 +336,8 @@ class Replica:
             else:
                 router.change_token_rate(now_s, change)
 
-    def _start_run(self, now_s: float) -> None:
+    def _start_run(self, now_s: float, *, per_request_s: float) -> None:
+        """Start what the engine schedules; it takes ``per_request_s`` longer for each request that comes into it anew."""
         engine = self.engine
         batch = self._batch = engine.schedule()
         if batch is None:
@@ -355,7 +357,9 @@ class Replica:
             self._preempted = len(batch.preempted)
             for request in batch.preempted:
                 self._note_preemption(request, now_s)
+        new = 0
         for request in batch.admitted:
+            new += isnan(request.scheduled_s)
             self._note_admission(request, now_s)
         curve = self.expert.curve
         decodes = self._tokens = batch.decodes
@@ -363,7 +367,7 @@ class Replica:
         self._emitted = 0
         if batch.chunks:
             work = engine.work(batch)
-            self._fixed_s = curve.iteration_s(work)
+            self._fixed_s = curve.iteration_s(work) + new * per_request_s
             self._slope_s = 0.0
             length = 1
             self._tokens += sum([request.last_iteration >= 0 for request, _ in batch.chunks])

@@ -225,5 +225,6 @@ def _front_end(spec: FrontEndSpec, profile: Profile | None) -> FrontEnd:
     """The front end's work: each figure from the file, else measured with the profile, else the roofline's."""
     default = asdict(default_front_end())
     if profile is not None and profile.front_end is not None:
-        default = {name: getattr(profile.front_end, name).value for name in default}
+        measured = {name: getattr(profile.front_end, name) for name in default}
+        default = {name: 0.0 if figure is None else figure.value for name, figure in measured.items()}
     return FrontEnd(**(default | spec.model_dump(exclude_none=True)))

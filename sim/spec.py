@@ -125,6 +125,9 @@ class FrontEndSpec(Spec):
     per_request_s: Seconds | None = None
     per_prompt_token_s: Seconds | None = None
     per_output_token_s: Seconds | None = None
+    per_request_engine_s: Seconds | None = Field(
+        None, description="what a request takes from a busy engine, where front end and engine share cores"
+    )
 
 
 class ExpertSpec(Spec):

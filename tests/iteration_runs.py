@@ -47,8 +47,15 @@ def run_engine(
     *,
     time_of: Callable[[IterationWork], float] = seconds,
     entry_s: Callable[[int], float] = lambda _: 0.0,
+    host_s: Callable[[float], float] = lambda work_s: 0.1 * work_s,
+    coming_s: float = 0.0,
+    leaving_s: float = 0.0,
 ) -> tuple[list[IterationLine], list[SentRequest]]:
-    """Serve requests that enter ``entry_s`` after they were sent; return the log and what users saw."""
+    """Serve requests that enter ``entry_s`` after they were sent; return the log and what users saw.
+
+    ``host_s`` is what of an iteration the engine does not wait for the model. An iteration takes longer by ``coming_s``
+    for each request that is sent while it runs, by ``leaving_s`` for each whose user gets the last token then.
+    """
     engine: Engine[EngineRequest] = Engine(settings)
     requests = [EngineRequest(request.prompt_tokens, request.output_tokens) for request in sent]
     enters_s = [request.sent_s + entry_s(number) for number, request in enumerate(sent)]
@@ -57,6 +64,7 @@ def run_engine(
     lines: list[IterationLine] = []
     finished = [(0.0, 0.0)] * len(sent)
     firsts: dict[int, float] = {}
+    left = 0
     while True:
         while order and enters_s[order[0]] < now_s:
             in_flight = engine.iteration if settings.async_scheduling and lines else None
@@ -66,14 +74,17 @@ def run_engine(
             if not order:
                 break
             now_s = enters_s[order[0]] + 1e-9
+            left = 0
             continue
         work_s = time_of(engine.work(batch))
         counts = counts_of(batch)
         decoding = engine.decoding(batch.iteration)
+        work_s += coming_s * sum(now_s < request.sent_s <= now_s + work_s for request in sent) + leaving_s * left
         now_s += work_s
         done = engine.finish_run(1)
+        left = len(done)  # their users have their last tokens in the next one
         lines.append(
-            IterationLine(0, len(lines), now_s, *counts, elapsed_s=0.9 * work_s, kv_usage=None),
+            IterationLine(0, len(lines), now_s, *counts, elapsed_s=work_s - host_s(work_s), kv_usage=None),
         )
         for request in [*decoding, *(r for r, _ in batch.chunks if r.last_iteration >= 0)]:
             firsts.setdefault(requests.index(request), now_s + 1e-4)

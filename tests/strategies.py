@@ -87,6 +87,7 @@ def front_ends(draw: st.DrawFn, *, maybe_free: bool = True) -> FrontEnd:
         per_prompt_token_s=draw(maybe_times_s(1e-6, 1e-3)),
         per_output_token_s=draw(maybe_times_s(1e-5, 1e-1)),
         delay_s=draw(maybe_times_s(1e-4, 1e-1)),
+        per_request_engine_s=draw(maybe_times_s(1e-4, 1e-1)),
     )
 
 

@@ -154,8 +154,25 @@ def test_an_arrival_in_any_iteration_of_a_run_is_admitted_alike(
     assert scheduled_s == pytest.approx(0.01 * taken_up_at)
 
 
+def test_a_request_takes_its_front_ends_work_from_a_busy_engine_alone() -> None:
+    def ends_s(second_sent_s: float) -> list[float]:
+        plan = replay(
+            [(0.0, 10, 20), (second_sent_s, 10, 5)],
+            AffineCurve(fixed_s=0.01),
+            engine=replace(ROOMY, async_scheduling=False),
+            front_end=replace(FREE, per_request_engine_s=0.004),
+        )
+        requests = assert_same_records(plan).requests
+        return list(requests["last_token_s"][np.argsort(requests["request_id"])])
+
+    assert ends_s(0.055) == pytest.approx([20 * 0.01 + 0.004, 0.06 + 5 * 0.01 + 0.004])
+    assert ends_s(1.0) == pytest.approx([20 * 0.01, 1.0 + 5 * 0.01])
+
+
 def test_a_burst_behind_a_slow_front_end_is_admitted_alike() -> None:
-    front_end = FrontEnd(per_request_s=0.0173, per_prompt_token_s=1e-5, per_output_token_s=0.0031)
+    front_end = FrontEnd(
+        per_request_s=0.0173, per_prompt_token_s=1e-5, per_output_token_s=0.0031, per_request_engine_s=0.0037
+    )
     requests = [(0.0011 * i, 10 + i, 40 + 3 * i) for i in range(30)]
     assert_same_records(replay(requests, AffineCurve(fixed_s=0.0101, per_kv_token_s=1e-6), front_end=front_end))
 

@@ -9,19 +9,23 @@ from calibrate.measure.files import MeasuredPoint
 from calibrate.measure.front_end_fit import fit_front_end
 from calibrate.measure.iteration_records import SentRequest, reconstruct, sent_frame
 from calibrate.measure.router import PROMPT_TOKENS, Traffic, costs_of
+from sim.profile import Parameter
 from tests.iteration_runs import SETTINGS, TRUTH, run_engine
 
 REQUEST_S, DELAY_S, TOKEN_S, PROMPT_TOKEN_S = 4e-3, 6e-3, 2e-4, 2e-6
+HOST_S = 8e-4
 
 
-def point(label: str, sent: list[SentRequest], *, one_by_one: bool) -> tuple[MeasuredPoint, pd.DataFrame, pd.DataFrame]:
-    """Serve a point through a front end with the costs above."""
+def point(
+    label: str, sent: list[SentRequest], *, one_by_one: bool, coming_s: float = 0.0, leaving_s: float = 0.0
+) -> tuple[MeasuredPoint, pd.DataFrame, pd.DataFrame]:
+    """Serve a point through a front end with the costs above, and what requests take from the engine besides."""
 
     def entry_s(number: int) -> float:
         work_s = REQUEST_S * (1 if one_by_one else number + 1)
         return work_s + DELAY_S
 
-    lines, seen = run_engine(sent, entry_s=entry_s)
+    lines, seen = run_engine(sent, entry_s=entry_s, host_s=lambda _: HOST_S, coming_s=coming_s, leaving_s=leaving_s)
     ends = {line.ended_s: line.context_requests + line.generation_requests for line in lines}
 
     def received_s(time_s: float) -> float:
@@ -71,6 +75,33 @@ def test_costs_are_found_from_simultaneous_and_idle_requests() -> None:
     assert front_end.per_output_token_s.value == pytest.approx(TOKEN_S, rel=0.1)
     assert front_end.per_prompt_token_s.value == pytest.approx(PROMPT_TOKEN_S, rel=0.1)
     assert front_end.delay_s.value == pytest.approx(DELAY_S, abs=1.5e-3)
+
+
+def test_what_requests_take_from_a_busy_engine_is_seen_in_its_iterations() -> None:
+    label = "closed users=8#1"
+    users = requests(label, 40, 24, 30, 0.23)
+    idle = point("idle prompt=16#1", requests("idle prompt=16#1", 3, 16, 6, 5.0), one_by_one=True)
+    few = [
+        point(f"steps batch={n}#1", requests(f"steps batch={n}#1", n, 16, 24, 0.0), one_by_one=False)
+        for n in (4, 8, 16, 24)
+    ]
+
+    def found(*, coming_s: float, leaving_s: float, shares_cores: bool = True) -> Parameter | None:
+        live = point(label, users, one_by_one=True, coming_s=coming_s, leaving_s=leaving_s)
+        points, records, sent = zip(idle, *few, live, strict=True)
+        costs = fit_front_end(
+            list(points), pd.concat(sent), pd.concat(records), SETTINGS, TRUTH, shares_cores=shares_cores
+        )
+        assert costs is not None
+        return costs.per_request_engine_s
+
+    both = found(coming_s=5e-3, leaving_s=2e-3)
+    assert both is not None
+    assert both.value == pytest.approx(7e-3, rel=0.1)
+    nothing = found(coming_s=0.0, leaving_s=0.0)
+    assert nothing is not None
+    assert nothing.value == pytest.approx(0.0, abs=2e-4)
+    assert found(coming_s=5e-3, leaving_s=2e-3, shares_cores=False) is None
 
 
 def test_a_token_takes_at_least_its_cpu_time_where_the_front_end_has_cores_of_its_own() -> None:

@@ -268,6 +268,7 @@ def slow_front_end(front_end: FrontEnd) -> FrontEnd:
         per_prompt_token_s=2 * front_end.per_prompt_token_s,
         per_output_token_s=2 * front_end.per_output_token_s,
         delay_s=2 * front_end.delay_s,
+        per_request_engine_s=2 * front_end.per_request_engine_s,
     )
 
 

@@ -143,3 +143,20 @@ def test_what_comes_after_is_called_with_the_running_engine(tmp_path: Path) -> N
         afterwards=lambda engine: running.append(engine.is_running()),
     )
     assert running == [True]
+
+
+def test_a_share_of_a_measurement_leaves_the_rest_for_another_time(tmp_path: Path) -> None:
+    def part(share: float) -> Outcome:
+        return measure_expert(
+            "expert", EXPERT, folder=tmp_path, lengths=LENGTHS, minutes=0.12, share=share, start=Starts()
+        )
+
+    first = part(0.5)
+    assert (first.complete, first.reason) == (False, "")
+    before = labels(tmp_path)
+    assert not any(label.startswith("closed") for label in before)
+    assert part(0.5).measured.meta == first.measured.meta, "that share is measured already"
+    last = part(1.0)
+    assert last.complete
+    assert labels(tmp_path)[: len(before)] == before
+    assert sum(label.startswith("closed") for label in labels(tmp_path)) == 2

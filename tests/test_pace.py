@@ -51,7 +51,8 @@ def run_at(load: float, began_s: float, slowness: float) -> tuple[RunRecord, lis
         "last_token_s": [each.last_token_s - began_s for each in seen],
         "status": COMPLETED,
     }
-    return replace(make_run(FLEET, load), requests=make_requests(40, **columns), began_monotonic_s=began_s), lines
+    run = replace(make_run(FLEET, load), requests=make_requests(40, **columns), began_monotonic_s=began_s)
+    return replace(run, window_s=(0.0, lines[-1].ended_s - began_s)), lines
 
 
 def test_pace_is_how_much_slower_an_engine_was_than_its_curve() -> None:
@@ -71,6 +72,12 @@ def test_what_other_requests_than_the_runs_own_did_is_not_taken_for_its_pace() -
     wrong = dict(run.requests)
     wrong["prompt_tokens"] = wrong["prompt_tokens"] + 7
     assert paces([EXPERT], [replace(run, requests=wrong)], {(0, 0): lines}) == []
+
+
+def test_an_engine_that_is_measured_again_after_a_run_does_not_change_the_runs_pace() -> None:
+    run, lines = run_at(8, 100.0, 1.1)
+    _, measured = run_at(8, lines[-1].ended_s + 0.5, 5.0)
+    assert paces([EXPERT], [run], {(0, 0): [*lines, *measured]}) == paces([EXPERT], [run], {(0, 0): lines})
 
 
 def test_a_replica_without_a_log_has_no_pace() -> None:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from math import isnan
 from pathlib import Path
@@ -14,9 +13,8 @@ from calibrate.check.comparison import Figure, compare, coverage
 from calibrate.check.pace import Pace, factors, paces
 from calibrate.check.station_times import StationTime, station_times
 from calibrate.check.taken_for import taken_for
+from calibrate.check.turns import RECORDS, Step
 from real.experts.iteration_log import IterationLine, IterationLog
-from real.serving.fleet import RunningFleet
-from real.users.run import run
 from sim.outputs import write_result
 from sim.request import Request
 from sim.resolve import profile_of
@@ -24,13 +22,8 @@ from sim.result import Result
 from sim.run import loads, simulate, trace_replica
 from sim.spec import ClosedLoop, FleetFile, OpenLoop, Trace
 
-RECORDS = ("csv", "parquet")
-"""Formats in which a check keeps what was predicted and measured."""
 OTHER_DRAWS = 4
 """Further seeds simulated for the interval of one run: what the draw of requests alone changes."""
-
-Step = Callable[[str], AbstractContextManager[Callable[[float], None] | None]]
-"""Opens a step by its description; inside it is told the share that is done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,22 +137,31 @@ class CheckOutcome:
         )
 
 
-def check(file: FleetFile, served: RunningFleet, *, folder: Path, step: Step) -> CheckOutcome:
-    """Simulate a fleet of a calibrated file, run it for real, and compare.
-
-    Ctrl-C ends the real runs early: what was measured is compared, with ``interrupted`` set.
+def check(
+    file: FleetFile,
+    fleet: str,
+    measured: Sequence[Result],
+    logs: Mapping[tuple[str, int], Path],
+    *,
+    folder: Path,
+    step: Step,
+    interrupted: bool = False,
+) -> CheckOutcome:
+    """Predict a fleet of a calibrated file that has been run for real, and compare.
 
     Args:
         file: its experts have profiles, or the roofline predicts.
-        served: one of its fleets, whose engines run; its gateway is started here.
-        folder: for the records of the prediction and of each real run, which are written as soon as there are any.
+        fleet: which of its fleets.
+        measured: one result for each repeated real run, of one replication, with the traffic of the file's seed.
+        logs: (expert, replica index) -> log of its engine.
+        folder: for the records of the prediction.
         step: shows progress.
+        interrupted: runs are missing because the user stopped.
 
     Raises:
-        FleetFileError, TraceError, ValueError: the file cannot work, see ``simulate`` and ``run``.
-        EngineFailedError: the gateway did not start.
+        FleetFileError, TraceError, ValueError: the file cannot work, see ``simulate``.
     """
-    spec, fleet = file.check, served.name
+    spec = file.check
     file = file.model_copy(
         update={
             "fleets": {fleet: file.fleets[fleet]},
@@ -176,22 +178,7 @@ def check(file: FleetFile, served: RunningFleet, *, folder: Path, step: Step) ->
         ]
         bounds += [simulate(file, seed=file.run.seed + draw) for draw in range(1, OTHER_DRAWS + 1)]
     experts = {expert.name: index for index, expert in enumerate(predicted.fleets[fleet].experts)}
-    measured: list[Result] = []
-    interrupted = False
-    served.start_gateway()
-    for repeat in range(spec.repeats):
-        with step(f"measuring, run {repeat + 1} of {spec.repeats}") as progress:
-            result = run(file, fleet=fleet, url=served.url, replica_urls=served.replica_urls, progress=progress)
-        if result.runs:
-            measured.append(result)
-            write_result(result, folder / f"measured-{repeat + 1}", RECORDS)
-        if result.interrupted:
-            interrupted = True
-            break
-    lines = {
-        (experts[server.plan.expert], server.plan.replica): IterationLog(server.log).new_lines()
-        for server in served.servers
-    }
+    lines = {(experts[name], replica): IterationLog(log).new_lines() for (name, replica), log in logs.items()}
     found = paces(predicted.fleets[fleet].experts, [run for result in measured for run in result.runs], lines)
     at_pace = [
         simulate(_at_load(file, load), iteration_time_factors=factors(found, load), taken_for=classified, workers=1)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from sim.simulate_command import UserList
 
 if TYPE_CHECKING:
+    from calibrate.measure.fleet import Calibration
     from real.serving.fleet import RunningFleet
     from sim.fleet_file import LoadedFleetFile
 
@@ -52,6 +54,7 @@ def command(
     from calibrate.check.check import as_json as outcome_json
     from calibrate.check.check import check
     from calibrate.check.check_report import print_check, write_check
+    from calibrate.check.turns import take_turns
     from real.experts.expert_server import EngineFailedError
     from real.serving.fleet import RunningFleet, engines_of, only_fleet
     from sim.fleet_file import FleetFileError, load_fleet
@@ -65,17 +68,22 @@ def command(
         make_folder(out)
         fleet_file = load_fleet(file, overrides)
         fleet = only_fleet(fleet_file) if fleet_name is None else fleet_name
-        with_changes(fleet_file, users=users, seed=None, replications=None)  # what is wrong with it is told at once
+        changed = with_changes(fleet_file, users=users, seed=None, replications=None)  # a mistake is told at once
         served = RunningFleet(
             fleet_file,
             fleet,
             logs=out / "logs",
             tell=lambda line: messages.print(line, highlight=False, markup=False, soft_wrap=True),
         )
+        calibration = _calibration(fleet_file, served, out / "calibration", messages)
+        step = partial(_step, messages)
         with engines_of(served):
-            calibrated = _calibrated(fleet_file, served, minutes, out / "calibration", messages)
-            changed = with_changes(calibrated, users=users, seed=None, replications=None)
-            outcome = check(changed, served, folder=out, step=lambda what: _step(messages, what))
+            measured, stopped = take_turns(changed, served, calibration, minutes=minutes, folder=out, step=step)
+            if calibration is not None:
+                calibrated = _calibrated(calibration, out / "calibration")
+                changed = with_changes(calibrated, users=users, seed=None, replications=None)
+        logs = {(each.plan.expert, each.plan.replica): each.log for each in served.servers}
+        outcome = check(changed, fleet, measured, logs, folder=out, step=step, interrupted=stopped)
     except (FleetFileError, TraceError, EngineFailedError, ValueError, OSError) as error:
         messages.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(2) from None
@@ -94,21 +102,36 @@ def command(
     raise SystemExit(130 if outcome.interrupted else 0 if outcome.passed else 1)
 
 
-def _calibrated(
-    file: "LoadedFleetFile", served: "RunningFleet", minutes: float, folder: Path, messages: Console
-) -> "LoadedFleetFile":
-    """Return the file with a profile for each expert of the fleet, measured now or before where it names none.
+def _calibration(
+    file: "LoadedFleetFile", served: "RunningFleet", folder: Path, messages: Console
+) -> "Calibration | None":
+    """What is to be measured: each expert of the fleet that names no profile, if there is one.
 
     The engines that are to serve are themselves measured: to start others takes as long as a good part of measuring.
     """
     from calibrate.measure.engine_under_test import served_by
-    from calibrate.measure.fleet import measure_fleet
+    from calibrate.measure.fleet import Calibration
+    from calibrate.measure.measured_experts import distinct_experts
+
+    missing = [each for each in distinct_experts(file, [served.name]) if each.spec.profile is None]
+    if not missing:
+        return None
+    return Calibration(file, missing, out=folder, messages=messages, console=messages, start=served_by(served))
+
+
+def _calibrated(calibration: "Calibration", folder: Path) -> "LoadedFleetFile":
+    """Fit what was measured and return the file with it.
+
+    Raises:
+        MeasurementError: too little was measured.
+    """
+    from calibrate.measure.measured_experts import CALIBRATED_FILE
     from sim.fleet_file import load_fleet
 
-    if all(expert.profile is not None for expert in file.fleets[served.name].experts.values()):
-        return file
-    path = measure_fleet(file, served.name, minutes=minutes, out=folder, messages=messages, start=served_by(served))
-    return load_fleet(path)
+    for expert in calibration.experts:
+        calibration.fit(expert)
+    calibration.write()
+    return load_fleet(folder / CALIBRATED_FILE)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from calibrate.measure.iteration_records import SentRequest, reconstruct
+from calibrate.measure.iteration_records import SentRequest, admissions, reconstruct
 from real.experts.iteration_log import IterationLine
 from sim.fleet import Expert
 from sim.records import RunRecord
@@ -53,14 +53,14 @@ def paces(
         lines: (expert index, replica index) -> what its engine logged in all of them.
     """
     ordered = sorted(runs, key=lambda run: run.began_monotonic_s)
-    ends_s = [*(run.began_monotonic_s for run in ordered[1:]), float("inf")]
     sums: dict[tuple[float, int], list[tuple[float, float, int, int]]] = {}
-    for run, end_s in zip(ordered, ends_s, strict=True):
+    for run in ordered:
+        end_s = run.began_monotonic_s + run.window_s[1]  # afterwards the engines may be measured again
         for index, expert in enumerate(experts):
             of_replicas = []
             for (at, replica), logged in lines.items():
                 if at == index:
-                    within = [line for line in logged if run.began_monotonic_s <= line.ended_s < end_s]
+                    within = [line for line in logged if run.began_monotonic_s <= line.ended_s <= end_s]
                     of_replicas.append(_times(expert, run, index, replica, within))
             took_s, curve_s, used, seen = np.sum(of_replicas, axis=0) if of_replicas else (0.0, 0.0, 0, 0)
             if used >= FEWEST_ITERATIONS:
@@ -103,10 +103,14 @@ def _times(
     if not sent or not lines:
         return 0.0, 0.0, 0, len(lines)
     records = reconstruct(lines, sent, expert.engine, "run")
-    usable = records[records["matched"] & (records["cycle_s"] > 0)]
-    works = usable[[*IterationWork._fields]].itertuples(index=False, name=None)
+    usable = records["matched"] & (records["cycle_s"] > 0)
+    works = records.loc[usable, [*IterationWork._fields]].itertuples(index=False, name=None)
     curve_s = sum(expert.curve.iteration_s(IterationWork(*work)) for work in works)
-    return float(usable["cycle_s"].sum()), curve_s, len(usable), int((records["cycle_s"] > 0).sum())
+    took_s = float(records.loc[usable, "cycle_s"].sum())
+    if expert.front_end.per_request_engine_s:  # not the engine's own work
+        admitted = [number for number in admissions(lines, sent, expert.engine) if number is not None]
+        took_s -= expert.front_end.per_request_engine_s * int(usable.to_numpy()[admitted].sum())
+    return took_s, curve_s, int(usable.sum()), int((records["cycle_s"] > 0).sum())
 
 
 def factors(found: Sequence[Pace], load: float) -> dict[str, float]:

@@ -3,8 +3,10 @@
 The time of an observation (``calibrate.fit.iteration_observations``) is linear in non-negative parameters
 once the form of the matrix work is given: a floor, as a number of tokens that is searched; or straight pieces between
 knots, for hardware that works differently on small batches. The rest is non-negative least squares with Huber weights
-(Huber 1964), so that a stall of the machine does not steer it. Knots are taken where they predict points left out
-better. Intervals come from refits to resampled points, whole points at a time, errors from leaving each point out.
+(Huber 1964), so that a stall of the machine does not steer it. Such weights tell how terms stand to each other; but times
+are skewed, on a machine with neighbours more so, and a server meets their mean. So all terms are then scaled until the
+observations take as long together as they did, stalls apart. Knots are taken where they predict points left out better.
+Intervals come from refits to resampled points, whole points at a time, errors from leaving each point out.
 
 An asynchronous engine works on the host for the next batch while the device computes this one. What a batch takes there
 is its own work on the host, which falls before the log line of the batch before it, and the wait for it; and the terms
@@ -14,7 +16,6 @@ that the device took no longer.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import nan
 
 import numpy as np
 from scipy.optimize import nnls
@@ -37,6 +38,8 @@ BETTER = 0.95
 """Knots are taken when points left out are lost by less than this share of the floor's loss."""
 FOLDS = 5
 HUBER = 1.5
+STALL = 2.0
+"""An observation of more than so many times its time is a stall: the next run meets it elsewhere, or not at all."""
 RESAMPLES = 200
 CONFIDENCE = 0.9
 
@@ -196,11 +199,26 @@ def fit_knots(seen: Observations, floor_fit: TermFit) -> TermFit:
     )
 
 
+def _levelled(fitted: TermFit, seen: Observations) -> TermFit:
+    """Return a fit whose predictions of the observations, all iterations together, are as long as they were."""
+    told = _telling(seen)
+    expected_s = fitted.device_s(told.works)
+    weight = told.iterations * (told.measured_s < STALL * expected_s)
+    level = float(told.measured_s @ weight) / max(float(expected_s @ weight), 1e-300)
+    if not level:
+        return fitted
+    return replace(
+        fitted,
+        terms={name: level * value for name, value in fitted.terms.items()},
+        knots=tuple((tokens, level * seconds) for tokens, seconds in fitted.knots),
+    )
+
+
 def refit(seen: Observations, like: TermFit, floors: Sequence[int] = FLOORS) -> TermFit:
     """Return a fit of the same form to other observations."""
     if like.knots:
-        return fit_knots(seen, like)
-    return fit_terms(seen, graph_sizes=like.graph_sizes, floors=floors, start=like)
+        return _levelled(fit_knots(seen, like), seen)
+    return _levelled(fit_terms(seen, graph_sizes=like.graph_sizes, floors=floors, start=like), seen)
 
 
 def fit_best(seen: Observations, *, graph_sizes: Sequence[int] = ()) -> TermFit:
@@ -208,7 +226,7 @@ def fit_best(seen: Observations, *, graph_sizes: Sequence[int] = ()) -> TermFit:
     floor_fit = fit_terms(seen, graph_sizes=graph_sizes)
     names = np.unique(seen.points.astype(str))
     if len(names) < 2 * FOLDS:
-        return floor_fit
+        return _levelled(floor_fit, seen)
     lost = np.zeros(2)
     noisier = _noisier(seen, floor_fit)
     for fold in range(FOLDS):
@@ -219,7 +237,7 @@ def fit_best(seen: Observations, *, graph_sizes: Sequence[int] = ()) -> TermFit:
             deviation_s = noisier[mine] * noise_s(told, told.measured_s)
             errors = np.abs(fitted.predict_s(told.works) - told.measured_s) / deviation_s
             lost[form] += np.where(errors <= HUBER, errors**2 / 2, HUBER * (errors - HUBER / 2)).sum()
-    return fit_knots(seen, floor_fit) if lost[1] < BETTER * lost[0] else floor_fit
+    return _levelled(fit_knots(seen, floor_fit) if lost[1] < BETTER * lost[0] else floor_fit, seen)
 
 
 def _solve(
@@ -305,12 +323,6 @@ def part_errors(seen: Observations, predicted_s: Floats) -> list[float]:
         if part.any():
             errors.append(float(predicted_s[part] @ weight / (seen.measured_s[part] @ weight) - 1))
     return errors
-
-
-def mean_error(seen: Observations, fitted: TermFit) -> float:
-    """Return the relative error of all iterations' time together; NaN without any."""
-    measured_s = float(seen.measured_s @ seen.iterations)
-    return float(fitted.predict_s(seen.works) @ seen.iterations) / measured_s - 1 if measured_s else nan
 
 
 def _digits(value: float) -> float:

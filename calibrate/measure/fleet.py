@@ -9,15 +9,8 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from calibrate.measure.engine_under_test import EngineGoneError, EngineUnderTest, Start, start_expert
-from calibrate.measure.files import MeasurementError
 from calibrate.measure.grid import Lengths, lengths_of
-from calibrate.measure.measured_experts import (
-    CALIBRATED_FILE,
-    DistinctExpert,
-    calibrated_yaml,
-    distinct_experts,
-    write_text,
-)
+from calibrate.measure.measured_experts import CALIBRATED_FILE, DistinctExpert, calibrated_yaml, write_text
 from calibrate.measure.measured_profile import fit_folder
 from calibrate.measure.one_engine import Outcome, Progress, measure_expert
 from calibrate.measure.report import print_measured
@@ -30,87 +23,136 @@ from sim.traces import read_workload_data
 ROUTER_FILE = "router.json"
 
 
-def measure_fleet(
-    file: LoadedFleetFile, fleet: str, *, minutes: float, out: Path, messages: Console, start: Start = start_expert
-) -> Path:
-    """Measure the experts of one fleet that have no profile; return the calibrated fleet file.
-
-    Args:
-        file: as loaded.
-        fleet: one of its fleets.
-        minutes: of measuring, per engine.
-        out: folder for records, profiles and the file; what was measured in it before is not measured again.
-        messages: told how far it is.
-        start: starts an engine, or finds it where it runs already.
-
-    Raises:
-        MeasurementError: see ``one_engine.measure_expert``; also when not all was measured.
-        ValueError: the file has no such fleet.
-    """
-    missing = [each for each in distinct_experts(file, [fleet]) if each.spec.profile is None]
-    if not measure_experts(file, missing, minutes=minutes, out=out, messages=messages, console=messages, start=start):
-        raise MeasurementError(f"{fleet}: not all was measured; what was is kept in {out}, the same command goes on")
-    return out / CALIBRATED_FILE
-
-
-def measure_experts(
-    file: LoadedFleetFile,
-    chosen: Sequence[DistinctExpert],
-    *,
-    minutes: float,
-    out: Path,
-    messages: Console,
-    console: Console,
-    command: str = "expert-router",
-    whole_file: bool = True,
-    start: Start = start_expert,
-) -> bool:
-    """Measure engines and write a profile of each and the calibrated file; return whether all were measured completely.
+class Calibration:
+    """Engines of a fleet file while they are measured, each in one go or a part at a time, and what is written of them.
 
     One that does not come up is told and left out; the others are measured all the same.
 
-    Args:
-        file: as loaded; with ``whole_file`` its workload's lengths are measured, and the calibrated file is written.
-        chosen: which engines.
-        minutes: of measuring, per engine.
-        out: folder for records, profiles and the file.
-        messages: told how far it is.
-        console: told what was found.
-        command: noted in all that is written.
-        whole_file: the file is a user's, not made for one model.
-        start: starts an engine, or finds it where it runs already.
+    Attributes:
+        experts: which engines.
     """
-    complete = True
-    profiles: dict[tuple[str, str], str] = {}
-    measured: list[DistinctExpert] = []
-    router = _Router(file, chosen, out, messages, start) if whole_file else None
-    for expert in chosen:
-        afterwards = router.measure_for(expert) if router is not None and expert is chosen[-1] else None
+
+    def __init__(
+        self,
+        file: LoadedFleetFile,
+        experts: Sequence[DistinctExpert],
+        *,
+        out: Path,
+        messages: Console,
+        console: Console,
+        command: str = "expert-router",
+        whole_file: bool = True,
+        start: Start = start_expert,
+    ):
+        """Measure nothing yet.
+
+        Args:
+            file: as loaded; with ``whole_file`` its workload's lengths are measured, and its router.
+            experts: which engines.
+            out: folder for records, profiles and the calibrated file; what was measured in it before is not measured
+                again.
+            messages: told how far it is.
+            console: told what was found.
+            command: noted in all that is written.
+            whole_file: the file is a user's, not made for one model.
+            start: starts an engine, or finds it where it runs already.
+        """
+        self.experts = experts
+        self._file = file
+        self._out = out
+        self._messages = messages
+        self._console = console
+        self._command = command
+        self._whole_file = whole_file
+        self._start = start
+        self._outcomes: dict[str, Outcome] = {}
+        self._profiles: dict[tuple[str, str], str] = {}
+        self._router = _Router(file, experts, out, messages, start) if whole_file else None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every engine was measured for as long as it was to be."""
+        return all(each.name in self._outcomes and self._outcomes[each.name].complete for each in self.experts)
+
+    def measure(self, expert: DistinctExpert, *, minutes: float, share: float = 1.0) -> bool:
+        """Measure one of the engines for a share of so many minutes, what was measured before included.
+
+        The router is measured in front of the last of them, once.
+
+        Returns:
+            Whether it was, and the router; if not, why has been told.
+
+        Raises:
+            MeasurementError: see ``one_engine.measure_expert``.
+        """
+        afterwards = None
+        if self._router is not None and expert is self.experts[-1]:
+            afterwards = self._router.measure_for(expert)
         try:
-            outcome = _measure_one(
-                file, expert, minutes, out, messages, command, afterwards, start, whole_file=whole_file
-            )
+            with _progress(self._messages, 60 * minutes * share) as progress:
+                outcome = measure_expert(
+                    expert.name,
+                    expert.spec,
+                    folder=self._out / expert.name,
+                    lengths=_lengths(self._file, expert, whole_file=self._whole_file),
+                    minutes=minutes,
+                    share=share,
+                    start=self._start,
+                    cores=_cores(self._file, expert),
+                    port=self._file.serve.expert_port,
+                    command=self._command.split(" "),
+                    progress=progress,
+                    afterwards=afterwards,
+                )
         except EngineGoneError as error:  # the others may well run
-            messages.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
-            complete = False
-            continue
-        measured.append(expert)
-        _fit_and_write(expert.name, outcome, out, messages, console)
-        profiles |= dict.fromkeys(expert.places, f"{expert.name}.profile.json")
-        complete = complete and outcome.complete
-    if router is not None:
-        costs, done = router.costs(measured)
-        complete = complete and done
+            self._outcomes.pop(expert.name, None)
+            self._say(str(error))
+            return False
+        self._outcomes[expert.name] = outcome
+        if outcome.reason:
+            self._say(outcome.reason)
+            kept = 0 if outcome.measured.meta is None else len(outcome.measured.meta.points)
+            self._tell(f"{expert.name}: {kept} points are kept; the same command goes on from there")
+        return not outcome.reason and (self._router is None or not self._router.failed)
+
+    def fit(self, expert: DistinctExpert) -> None:
+        """Write the profile of an engine, if it was measured.
+
+        Raises:
+            MeasurementError: too little was.
+        """
+        outcome = self._outcomes.get(expert.name)
+        if outcome is None:
+            return
+        found = fit_folder(outcome.measured)
+        path = self._out / f"{expert.name}.profile.json"
+        write_text(path, found.profile.model_dump_json(indent=1) + "\n")
+        print_measured(expert.name, found, self._console)
+        self._tell(f"wrote {path}")
+        self._profiles |= dict.fromkeys(expert.places, path.name)
+
+    def write(self) -> bool:
+        """Write the calibrated file, with the profiles fitted so far; return whether all was measured completely."""
+        if self._router is None:
+            return self.is_complete
+        costs, done = self._router.costs([each for each in self.experts if each.name in self._outcomes])
         fields: dict[str, dict[str, Any]] = {name: dict(each) for name, each in costs.items()}
         for name in fields:
-            confusion = router_confusion(file, name)
+            confusion = router_confusion(self._file, name)
             if confusion is not None:
                 fields[name]["confusion"] = confusion
-                messages.print(_told(confusion), highlight=False)
-        if profiles or not chosen:
-            write_text(out / CALIBRATED_FILE, calibrated_yaml(file, profiles, fields, f"written by {command}"))
-            messages.print(f"wrote {out / CALIBRATED_FILE}; simulate takes it as it is", highlight=False)
-    return complete
+                self._tell(_told(confusion))
+        if self._profiles or not self.experts:
+            path = self._out / CALIBRATED_FILE
+            write_text(path, calibrated_yaml(self._file, self._profiles, fields, f"written by {self._command}"))
+            self._tell(f"wrote {path}; simulate takes it as it is")
+        return self.is_complete and done
+
+    def _tell(self, text: str) -> None:
+        self._messages.print(text, highlight=False)
+
+    def _say(self, text: str) -> None:
+        self._messages.print(text, style="red", highlight=False, markup=False, soft_wrap=True)
 
 
 def _told(confusion: Mapping[str, Mapping[str, float]]) -> str:
@@ -119,42 +161,12 @@ def _told(confusion: Mapping[str, Mapping[str, float]]) -> str:
     return f"router: prompts taken for what they are: {right}"
 
 
-def _measure_one(
-    file: LoadedFleetFile,
-    expert: DistinctExpert,
-    minutes: float,
-    out: Path,
-    messages: Console,
-    command: str,
-    afterwards: Callable[[EngineUnderTest], None] | None,
-    start: Start,
-    *,
-    whole_file: bool,
-) -> Outcome:
-    with _progress(messages, 60 * minutes) as progress:
-        outcome = measure_expert(
-            expert.name,
-            expert.spec,
-            folder=out / expert.name,
-            lengths=_lengths(file, expert, whole_file=whole_file),
-            minutes=minutes,
-            start=start,
-            cores=_cores(file, expert),
-            port=file.serve.expert_port,
-            command=command.split(" "),
-            progress=progress,
-            afterwards=afterwards,
-        )
-    if not outcome.complete:
-        messages.print(outcome.reason, style="red", highlight=False, markup=False, soft_wrap=True)
-        meta = outcome.measured.meta
-        kept = 0 if meta is None else len(meta.points)
-        messages.print(f"{expert.name}: {kept} points are kept; the same command goes on from there", highlight=False)
-    return outcome
-
-
 class _Router:
-    """Measures the file's router once, in front of whichever engine runs last, and keeps it in ``router.json``."""
+    """Measures the file's router once, in front of whichever engine runs last, and keeps it in ``router.json``.
+
+    Attributes:
+        failed: it could not be.
+    """
 
     def __init__(
         self, file: LoadedFleetFile, chosen: Sequence[DistinctExpert], out: Path, messages: Console, start: Start
@@ -163,7 +175,7 @@ class _Router:
         self._start = start
         self._out = out
         self._messages = messages
-        self._failed = False
+        self.failed = False
         fleets = dict.fromkeys(fleet for each in chosen for fleet, _ in each.places)
         self._fleets = [name for name in fleets if file.fleets[name].router is not None]
 
@@ -180,7 +192,7 @@ class _Router:
         """
         if not self._fleets:
             return {}, True
-        if self._kept() is None and measured and not self._failed:
+        if self._kept() is None and measured and not self.failed:
             expert = measured[-1]
             self._messages.print(f"{expert.name}: starting the engine for the router", highlight=False)
             try:
@@ -219,7 +231,7 @@ class _Router:
             return None
 
     def _say(self, error: Exception) -> None:
-        self._failed = True
+        self.failed = True
         text = f"the router was not measured: {error}"
         self._messages.print(text, style="red", highlight=False, markup=False, soft_wrap=True)
 
@@ -236,14 +248,6 @@ def _cores(file: LoadedFleetFile, expert: DistinctExpert) -> tuple[int, ...]:
     fleet, name = expert.places[0]
     placements, _ = place_replicas(file.fleets[fleet].experts)
     return placements[name][0].cores
-
-
-def _fit_and_write(name: str, outcome: Outcome, out: Path, messages: Console, console: Console) -> None:
-    found = fit_folder(outcome.measured)
-    path = out / f"{name}.profile.json"
-    write_text(path, found.profile.model_dump_json(indent=1) + "\n")
-    print_measured(name, found, console)
-    messages.print(f"wrote {path}", highlight=False)
 
 
 @contextmanager

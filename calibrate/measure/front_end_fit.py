@@ -5,7 +5,8 @@ is what the entries of simultaneous requests into the engine show (``calibrate.m
 token, how much later after an iteration's log line users have its tokens when it has more of them. Where front end
 and engine share cores that is more than CPU time, and it is what users wait. The work per prompt token, too little to
 be seen so, is CPU time of the API server process. What an idle request waits beyond all this and its iteration is the
-delay.
+delay. And where they share cores the engine waits as well: iterations of decodes in which a request comes or leaves take
+longer than their neighbours.
 """
 
 from bisect import bisect_right
@@ -16,10 +17,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from calibrate.fit.iteration_fit import CONFIDENCE, TermFit
+from calibrate.fit.iteration_observations import Floats
 from calibrate.measure.engine_entry import EntrySample, fit_entry
 from calibrate.measure.files import MeasuredPoint
 from calibrate.measure.iteration_records import admissions, lines_of, sent_of
@@ -31,6 +32,8 @@ from sim.streams import stream
 FEWEST_POINTS = 4
 FEWEST_TOGETHER = 4
 """Requests of a point from which on their entries tell of the work on one."""
+FEWEST_QUIET = 4
+"""Iterations of a point in which no request came or left, from which on the others tell what that takes."""
 RESAMPLES = 30
 """Refits to resampled points, for the intervals."""
 
@@ -53,30 +56,40 @@ def fit_front_end(
         settings: of the engine.
         fitted: to its iterations.
         shares_cores: front end and engine are confined to the same cores, so that the front end's work on tokens is
-            part of what an iteration takes; where they are not, a token takes at least its CPU time besides.
+            part of what an iteration takes, and its work on a request makes the iteration longer in which it falls; where
+            they are not, a token takes at least its CPU time besides.
     """
     samples = [(label, sample) for label, sample in _samples(requests, iterations, settings)]
     together = [sample for _, sample in samples if len(sample.sent) >= FEWEST_TOGETHER]
-    idle = [_IdleSample(sample, _engine_s(sample, iterations, fitted)) for label, sample in samples if _is_idle(label)]
+    idle = [
+        _IdleSample(sample, _engine_s(sample, iterations, fitted, asynchronous=settings.async_scheduling))
+        for label, sample in samples
+        if _is_idle(label)
+    ]
     if len(together) < FEWEST_POINTS or not idle:
         return None
-    parts: tuple[Sequence[Any], ...] = together, [sample for _, sample in samples], idle, list(points)
+    extra = []
+    if shares_cores and not settings.async_scheduling:
+        extra = [_extra_times(sample, iterations, fitted) for _, sample in samples]
+    parts: tuple[Sequence[Any], ...] = together, [sample for _, sample in samples], idle, list(points), extra
     found = _costs(*parts, shares_cores=shares_cores)
     if found is None:
         return None
     refits = [found]
     for number in range(RESAMPLES):
         rng = stream(0, "front end", number)
-        chosen = [[part[index] for index in rng.integers(len(part), size=len(part))] for part in parts]
+        chosen = [[part[index] for index in rng.integers(len(part), size=len(part))] if part else [] for part in parts]
         drawn = _costs(*chosen, shares_cores=shares_cores)
         refits += [drawn] if drawn is not None else []
     low, high = np.quantile(refits, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
-    names = ("delay_s", "per_request_s", "per_prompt_token_s", "per_output_token_s")
+    names = ["delay_s", "per_request_s", "per_prompt_token_s", "per_output_token_s"]
+    if extra:
+        names.append("per_request_engine_s")
     values = {
         name: Parameter(
             value=_digits(value), low=min(_digits(lo), _digits(value)), high=max(_digits(hi), _digits(value))
         )
-        for name, value, lo, hi in zip(names, found, low, high, strict=True)
+        for name, value, lo, hi in zip(names, found, low, high, strict=False)
     }
     return FrontEndCosts(**values)
 
@@ -93,15 +106,65 @@ def _is_idle(label: str) -> bool:
     return label.startswith("idle")
 
 
-def _engine_s(sample: EntrySample, iterations: pd.DataFrame, fitted: TermFit) -> list[float]:
+def _engine_s(sample: EntrySample, iterations: pd.DataFrame, fitted: TermFit, *, asynchronous: bool) -> list[float]:
+    """What the engine took for each request's first token: by its log; an asynchronous one's, as the fit says.
+
+    A fit of the whole is off by more at one place than a front end takes.
+    """
     records = iterations[iterations["point"] == sample.sent[0].point]
     works = records[[*IterationWork._fields]].to_numpy(dtype=np.float64)
+    # From when the engine waits for the model to the log line; besides, it schedules and hands out what it made.
+    besides_s = float((records["cycle_s"] - records["elapsed_s"]).median())
     ends_s = [line.ended_s for line in sample.lines]
     taken_s = []
     for request, number in zip(sample.sent, sample.admitted, strict=True):
-        last = bisect_right(ends_s, request.first_token_s) - 1
-        taken_s.append(nan if number is None else float(fitted.predict_s(works[number : max(last, number) + 1]).sum()))
+        last = max(bisect_right(ends_s, request.first_token_s) - 1, number or 0)
+        if number is None:
+            taken_s.append(nan)
+        elif asynchronous:
+            taken_s.append(float(fitted.predict_s(works[number : last + 1]).sum()))
+        else:
+            taken_s.append(ends_s[last] - ends_s[number] + sample.lines[number].elapsed_s + besides_s)
     return taken_s
+
+
+@dataclass(frozen=True, slots=True)
+class _ExtraTimes:
+    """Seconds by which decode-only iterations of a point took longer than its others: those with one request's coming.
+
+    Attributes:
+        coming: in which one request was sent and none ended.
+        leaving: in which one ended and none was sent.
+    """
+
+    coming: Floats
+    leaving: Floats
+
+
+def _extra_times(sample: EntrySample, iterations: pd.DataFrame, fitted: TermFit) -> _ExtraTimes:
+    records = iterations[iterations["point"] == sample.sent[0].point]
+    decodes = records[(records["prefill_chunks"] == 0) & (records["cycle_s"] > 0)]
+    ends_s, cycle_s = decodes["ended_s"].to_numpy(), decodes["cycle_s"].to_numpy()
+    coming, leaving = (
+        np.searchsorted(times_s, ends_s) - np.searchsorted(times_s, ends_s - cycle_s)
+        for times_s in (
+            np.sort([request.sent_s for request in sample.sent]),
+            np.sort([request.last_token_s for request in sample.sent]),
+        )
+    )
+    expected_s = fitted.predict_s(decodes[[*IterationWork._fields]].to_numpy(dtype=np.float64))
+    quiet = (coming == 0) & (leaving == 0)
+    if quiet.sum() < FEWEST_QUIET:
+        return _ExtraTimes(np.empty(0), np.empty(0))
+    # Beside its neighbours: the fit may be off here, and the machine faster or slower just now.
+    extra_s = cycle_s - expected_s * np.median(cycle_s[quiet] / expected_s[quiet])
+    return _ExtraTimes(extra_s[(coming == 1) & (leaving == 0)], extra_s[(coming == 0) & (leaving == 1)])
+
+
+def _request_engine_s(extra: Sequence[_ExtraTimes]) -> float:
+    """Return what a request takes from a busy engine, when it comes and when it leaves together; 0 where not known."""
+    parts = (np.concatenate([getattr(each, name) for each in extra] or [[]]) for name in ("coming", "leaving"))
+    return sum(max(0.0, float(np.median(part))) for part in parts if len(part))
 
 
 def _costs(
@@ -109,10 +172,14 @@ def _costs(
     everything: Sequence[EntrySample],
     idle: Sequence[_IdleSample],
     points: Sequence[MeasuredPoint],
+    extra: Sequence[_ExtraTimes],
     *,
     shares_cores: bool,
-) -> NDArray[np.float64] | None:
-    """Return delay, and the work on a request, a prompt token and an output token; None without idle requests."""
+) -> Floats | None:
+    """Return delay, the work on a request, a prompt and an output token, and what a request takes from the engine.
+
+    None without idle requests.
+    """
     per_request_s = fit_entry(together).per_request_s
     cpu_request_s, per_prompt_token_s, cpu_output_token_s = _cpu_s(points)
     per_output_token_s = _token_work_s(everything)
@@ -134,7 +201,8 @@ def _costs(
     # Where a busy engine takes the front end's core, work takes longer than it does for an idle request; never less
     # than its CPU time.
     per_request_s = max(cpu_request_s, min(per_request_s, wait_s))
-    return np.array([max(0.0, wait_s - per_request_s), per_request_s, per_prompt_token_s, per_output_token_s])
+    delay_s = max(0.0, wait_s - per_request_s)
+    return np.array([delay_s, per_request_s, per_prompt_token_s, per_output_token_s, _request_engine_s(extra)])
 
 
 def _samples(
@@ -168,7 +236,7 @@ def _token_work_s(samples: Sequence[EntrySample]) -> float:
         return 0.0
     frame = pd.DataFrame({"tokens": tokens, "delay_s": delays_s}).groupby("tokens")["delay_s"].agg(["median", "size"])
     counts = frame.index.to_numpy(dtype=np.float64)
-    weight: NDArray[np.float64] = np.sqrt(frame["size"].to_numpy(dtype=np.float64)) / (counts + 4)
+    weight: Floats = np.sqrt(frame["size"].to_numpy(dtype=np.float64)) / (counts + 4)
     rows = np.column_stack([np.ones(len(counts)), counts]) * weight[:, None]
     values, _ = nnls(rows, frame["median"].to_numpy() * weight)
     return float(values[1])

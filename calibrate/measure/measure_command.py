@@ -61,7 +61,7 @@ def measure_command(
     stopped. For the time being the machine should do nothing else.
     """
     from calibrate.measure.files import MeasurementError
-    from calibrate.measure.fleet import measure_experts
+    from calibrate.measure.fleet import Calibration
     from calibrate.measure.measured_experts import distinct_experts, without_profiles
     from sim.feasibility import check_feasible
     from sim.fleet_file import FleetFileError, load_fleet, parse_fleet
@@ -82,16 +82,19 @@ def measure_command(
             fleet_file = parse_fleet(text, overrides)
         chosen = distinct_experts(fleet_file, fleets, experts)
         check_feasible(without_profiles(fleet_file), read_workload_data(fleet_file.workload))
-        complete = measure_experts(
+        calibration = Calibration(
             fleet_file,
             chosen,
-            minutes=minutes,
             out=out,
             messages=messages,
             console=wide_console(),
             command=_command_line(),
             whole_file=file is not None,
         )
+        for expert in chosen:
+            calibration.measure(expert, minutes=minutes)
+            calibration.fit(expert)
+        complete = calibration.write()
     except (FleetFileError, TraceError, MeasurementError, ValueError, OSError) as error:
         messages.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(2) from None

@@ -6,15 +6,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from calibrate.fit.iteration_fit import TermFit, held_out_errors, mean_error, term_parameters
+from calibrate.fit.iteration_fit import TermFit, held_out_errors, term_parameters
 from calibrate.fit.iteration_observations import Observations, TooFewRecordsError, observations
 from calibrate.measure.files import MeasuredPoint, MeasurementError, MeasurementFolder, Meta
 from calibrate.measure.front_end_fit import fit_front_end
 from sim.catalogue import find_gpu
 from sim.cuda_graphs import capture_sizes
 from sim.fleet import EngineSettings
-from sim.profile import FittedRange, Profile, Residuals
+from sim.profile import FittedRange, FrontEndCosts, Profile, Residuals
 from sim.resolve import profile_name
+from sim.service_curve import IterationWork
 
 LICENCE = "measured with this project on the machine named in the provenance"
 
@@ -53,6 +54,9 @@ def fit_folder(measured: MeasurementFolder) -> MeasuredProfile:
     seen = told(measured)
     fitted, parameters = term_parameters(seen, graph_sizes=sizes)
     errors = held_out_errors(seen, fitted)
+    front_end = fit_front_end(
+        meta.points, measured.requests, measured.iterations, settings, fitted, shares_cores=bool(meta.cores)
+    )
     profile = Profile(
         name=profile_name(
             meta.expert.model,
@@ -78,14 +82,7 @@ def fit_folder(measured: MeasurementFolder) -> MeasuredProfile:
             max_prefill_tokens=int(seen.works[:, 0].max()),
         ),
         cuda_graph_sizes=list(sizes),
-        front_end=fit_front_end(
-            meta.points,
-            measured.requests,
-            measured.iterations,
-            settings,
-            fitted,
-            shares_cores=bool(meta.cores),
-        ),
+        front_end=front_end,
         num_gpu_blocks=meta.num_gpu_blocks,
         provenance=provenance(meta),
         licence=LICENCE,
@@ -95,7 +92,7 @@ def fit_folder(measured: MeasurementFolder) -> MeasuredProfile:
         fitted=fitted,
         observed=seen,
         held_out=errors,
-        check=_check(measured, fitted, asynchronous=settings.async_scheduling),
+        check=_check(measured, fitted, front_end),
         drift=drift(meta.points, decode_cycles_s(measured)),
         matched=float(measured.iterations["matched"].mean()),
     )
@@ -160,15 +157,17 @@ def provenance(meta: Meta) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _check(measured: MeasurementFolder, fitted: TermFit, *, asynchronous: bool) -> dict[str, float]:
+def _check(measured: MeasurementFolder, fitted: TermFit, front_end: FrontEndCosts | None) -> dict[str, float]:
+    taken = None if front_end is None else front_end.per_request_engine_s
     found = {}
     rows = measured.iterations
     for label in rows.loc[rows["point"].str.startswith("closed"), "point"].unique():
-        try:
-            seen = observations(rows[rows["point"] == label].reset_index(drop=True), asynchronous=asynchronous)
-        except TooFewRecordsError:
-            continue
-        found[str(label).partition("#")[0]] = mean_error(seen, fitted)
+        mine = rows[(rows["point"] == label) & rows["matched"] & (rows["cycle_s"] > 0)]
+        if len(mine):
+            predicted_s = float(fitted.predict_s(mine[[*IterationWork._fields]].to_numpy(dtype=np.float64)).sum())
+            if taken is not None:
+                predicted_s += taken.value * int((measured.requests["point"] == label).sum())
+            found[str(label).partition("#")[0]] = predicted_s / float(mine["cycle_s"].sum()) - 1
     return found
 
 

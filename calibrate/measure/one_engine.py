@@ -61,7 +61,7 @@ class Outcome:
 
     Attributes:
         complete: the budget was used.
-        reason: why it was not; empty otherwise.
+        reason: why it was not; empty where a part of it was left for another time, too.
     """
 
     measured: MeasurementFolder
@@ -76,6 +76,7 @@ def measure_expert(
     folder: Path,
     lengths: Lengths,
     minutes: float,
+    share: float = 1.0,
     start: Start,
     cores: Sequence[int] = (),
     port: int = 8100,
@@ -83,8 +84,9 @@ def measure_expert(
     progress: Progress = lambda _seconds, _what: None,
     afterwards: Callable[[EngineUnderTest], None] | None = None,
 ) -> Outcome:
-    """Measure an expert for so many minutes in all, those already in the folder included.
+    """Measure an expert for so many minutes in all, those already in the folder included, or for a share of them.
 
+    The rest may be measured another time; only the last of it has the closed-loop users that are kept aside as a check.
     A lost engine is started again, at most MOST_RESTARTS times; the point it was lost at is measured again. When all is
     measured, ``afterwards`` is called with the engine before it is stopped; it is not called when nothing was left to
     measure.
@@ -94,9 +96,9 @@ def measure_expert(
         MeasurementError: the folder is another measurement's, or cannot be read or written.
     """
     measured = MeasurementFolder(folder)
-    budget_s = 60 * minutes
     if measured.meta is not None and measured.meta.complete_minutes >= minutes:
         return Outcome(measured=measured, complete=True)
+    budget_s, complete = 60 * minutes, share >= 1
     for attempt in range(MOST_RESTARTS + 1):
         progress(_seconds(measured), f"{name}: waiting for the engine")
         try:
@@ -107,12 +109,13 @@ def measure_expert(
             return Outcome(measured=measured, complete=False, reason=str(error))
         try:
             measured.begin(_meta(spec, engine, lengths, command))
-            session = _Session(name, spec, engine, measured, lengths, budget_s, progress)
+            session = _Session(name, spec, engine, measured, lengths, budget_s, share, progress)
             asyncio.run(session.run())
-            measured.note_complete(minutes)
+            if complete:
+                measured.note_complete(minutes)
             if afterwards is not None:
                 afterwards(engine)
-            return Outcome(measured=measured, complete=True)
+            return Outcome(measured=measured, complete=complete)
         except (RequestFailedError, EngineGoneError) as error:
             reason = str(error)
             if attempt < MOST_RESTARTS:
@@ -161,6 +164,7 @@ class _Session:
         measured: MeasurementFolder,
         lengths: Lengths,
         budget_s: float,
+        share: float,
         progress: Progress,
     ):
         self._name = name
@@ -169,6 +173,7 @@ class _Session:
         self._measured = measured
         self._lengths = lengths
         self._budget_s = budget_s
+        self._share = share
         self._progress = progress
         self._log = IterationLog(engine.log)
         self._settings = engine.facts.settings
@@ -178,7 +183,7 @@ class _Session:
         self._on_gpu = find_gpu(spec.gpu).kind != "cpu"
 
     async def run(self) -> None:
-        """Measure until the budget is used."""
+        """Measure until the share of the budget is used."""
         self._log.new_lines()  # those of an earlier start
         texts = [text for of_class in read_corpus().values() for text in of_class]
         writer = PromptWriter(texts, load_tokenizer(self._spec))
@@ -198,7 +203,7 @@ class _Session:
 
     async def _measure_all(self, client: PointClient) -> None:
         known = candidates(self._settings, self._lengths)
-        grid_s = self._budget_s * (1 - CHECK_SHARE)
+        grid_s = self._budget_s * self._share * (1 - CHECK_SHARE)
         while (spent_s := _seconds(self._measured)) < grid_s:
             times = Counter(point.label.partition("#")[0] for point in self._points())
             since = [point.started_s for point in self._points() if point.reference]
@@ -217,7 +222,8 @@ class _Session:
             if chosen is None:
                 break
             await self._measure(client, chosen.point)
-        await self._check(client)
+        if self._share >= 1:
+            await self._check(client)
 
     async def _check(self, client: PointClient) -> None:
         """Closed-loop users, as many requests as the time left allows."""

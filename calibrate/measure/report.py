@@ -34,7 +34,8 @@ def print_measured(name: str, found: MeasuredProfile, console: Console) -> None:
             _add(table, f"host {field}", seconds, 1e6, "µs")
     if profile.front_end is not None:
         for field, seconds in profile.front_end:
-            _add(table, f"front end {field.removesuffix('_s')}", seconds, 1e6, "µs")
+            if seconds is not None:
+                _add(table, f"front end {field.removesuffix('_s')}", seconds, 1e6, "µs")
     console.print(table)
     worth = profile.residuals
     lines = [

@@ -17,8 +17,8 @@ from rich.console import Console
 
 from calibrate.calibrate_command import command
 from calibrate.measure.files import MeasurementFolder
-from calibrate.measure.fleet import ROUTER_FILE, measure_fleet
-from calibrate.measure.measured_experts import CALIBRATED_FILE, without_profiles
+from calibrate.measure.fleet import ROUTER_FILE, Calibration
+from calibrate.measure.measured_experts import CALIBRATED_FILE, distinct_experts, without_profiles
 from calibrate.measure.router import RouterCosts
 from real.processes.guarded_process import child_environment
 from sim.fleet_file import load_fleet
@@ -122,5 +122,7 @@ def test_the_calibrated_file_simulates_as_it_is(calibration: Path) -> None:
 def test_what_was_measured_is_not_measured_again(calibration: Path) -> None:
     before = {expert: (calibration / expert / "meta.json").read_bytes() for expert in EXPERTS}
     file = without_profiles(load_fleet(calibration / CALIBRATED_FILE))
-    measure_fleet(file, "laptop", minutes=MINUTES, out=calibration, messages=Console(file=sys.stderr))
+    console = Console(file=sys.stderr)
+    again = Calibration(file, distinct_experts(file), out=calibration, messages=console, console=console)
+    assert all([again.measure(expert, minutes=MINUTES) for expert in again.experts])
     assert {expert: (calibration / expert / "meta.json").read_bytes() for expert in EXPERTS} == before
