@@ -337,7 +337,7 @@ class Replica:
                 router.change_token_rate(now_s, change)
 
     def _start_run(self, now_s: float, *, per_request_s: float) -> None:
-        """Start what the engine schedules; it takes ``per_request_s`` longer for each request that comes into it anew."""
+        """Start what the engine schedules; it takes ``per_request_s`` longer for each request new in it."""
         engine = self.engine
         batch = self._batch = engine.schedule()
         if batch is None:

@@ -5,8 +5,8 @@ is what the entries of simultaneous requests into the engine show (``calibrate.m
 token, how much later after an iteration's log line users have its tokens when it has more of them. Where front end
 and engine share cores that is more than CPU time, and it is what users wait. The work per prompt token, too little to
 be seen so, is CPU time of the API server process. What an idle request waits beyond all this and its iteration is the
-delay. And where they share cores the engine waits as well: iterations of decodes in which a request comes or leaves take
-longer than their neighbours.
+delay. And where they share cores the engine waits as well: iterations of decodes in which a request comes or leaves
+take longer than their neighbours.
 """
 
 from bisect import bisect_right

@@ -1,4 +1,4 @@
-"""What the engines say of themselves while a run measures them: vLLM's Prometheus figures, asked once a second."""
+"""What the engines say of themselves while a run measures them: vLLM's Prometheus figures, asked every two seconds."""
 
 import asyncio
 import json
@@ -15,7 +15,8 @@ import numpy as np
 
 from sim.records import ReplicaStats
 
-POLL_S = 1.0
+POLL_S = 2.0
+"""An answer costs the server's front end some 15 ms, and where it shares the engine's core, the engine as well."""
 ANSWER_S = 5.0
 GAUGES = {
     "vllm:num_requests_running": "running",
@@ -94,7 +95,7 @@ class EngineMetrics:
         """Return the averages of one replica over the window: NaN for what no poll saw.
 
         Utilization is the share of polls that found a request running, and the batch size the mean over these; both
-        as exact as one look a second is. What vLLM does not tell is NaN.
+        as exact as a look every POLL_S is. What vLLM does not tell is NaN.
         """
         seen = self._seen.get((expert_index, replica_index))
         samples = [] if seen is None else seen.samples

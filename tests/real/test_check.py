@@ -124,5 +124,6 @@ def test_what_was_measured_is_not_measured_again(calibration: Path) -> None:
     file = without_profiles(load_fleet(calibration / CALIBRATED_FILE))
     console = Console(file=sys.stderr)
     again = Calibration(file, distinct_experts(file), out=calibration, messages=console, console=console)
-    assert all([again.measure(expert, minutes=MINUTES) for expert in again.experts])
+    for expert in again.experts:
+        assert again.measure(expert, minutes=MINUTES)
     assert {expert: (calibration / expert / "meta.json").read_bytes() for expert in EXPERTS} == before

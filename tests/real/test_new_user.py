@@ -298,7 +298,7 @@ def test_sixteen_users_are_measured(fleet: ServedFleet, tmp_path: Path) -> None:
         for metric, values_s in (("ttft", ttft_s), ("e2el", e2el_s), ("tpot", tpot_s)):
             assert float(row[f"mean_{metric}_ms"]) == pytest.approx(values_s.mean() * 1e3, rel=1e-6)
             assert float(row[f"p99_{metric}_ms"]) == pytest.approx(values_s.quantile(0.99) * 1e3, rel=1e-6)
-    # And so do the engines say, asked once a second for what they hold.
+    # And so do the engines say, asked every two seconds for what they hold.
     inside_s = requests["last_token_s"].fillna(40).clip(10, 40) - requests["sent_s"].clip(10, 40)
     held = float(whole["running"]) + float(whole["waiting"])
     print(f"under way by the users' records {inside_s.sum() / 30:.2f}, by the engines' gauges {held:.2f} on average")
