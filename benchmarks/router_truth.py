@@ -233,7 +233,9 @@ def truth(users: Sequence[int] | None, repeats: int, folder: Path, console: Cons
             cpu_s.append([spent_s for _, spent_s in each])
         engine_times = fleet.engine_times()
     return Truth(
-        figures=judged(compare(predicted, bounds, measured, FLEET, changed.check)),
+        figures=judged(
+            compare([predicted] * len(measured), [[each] for each in bounds], measured, FLEET, changed.check)
+        ),
         stations=list(stations(predicted, measured, engine_times)),
         router=router,
         front_end=front_end,

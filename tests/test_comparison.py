@@ -46,7 +46,7 @@ def figure(**changes: float) -> Figure:
 
 def test_a_run_compared_with_itself_has_no_error_and_passes() -> None:
     run = make_run(FLEET, 8)
-    figures = compare(result_of(run), [result_of(run)], [result_of(run)], "one", SPEC)
+    figures = compare([result_of(run)], [[result_of(run)]], [result_of(run)], "one", SPEC)
     assert {f.expert for f in figures} == {"all", "expert-0", "expert-1"}
     assert {f.column for f in figures} == set(COLUMNS)
     for f in figures:
@@ -76,7 +76,8 @@ def test_coverage_counts_measured_figures_inside_predicted_intervals() -> None:
 
 def test_repeats_tell_the_noise_and_bounds_the_interval() -> None:
     runs = [make_run(FLEET, 8, slowness=slowness) for slowness in (0.95, 1.0, 1.05)]
-    figures = compare(result_of(runs[1]), [result_of(run) for run in runs], [result_of(r) for r in runs], "one", SPEC)
+    bounds = [[result_of(run)] for run in runs]
+    figures = compare([result_of(runs[1])] * 3, bounds, [result_of(run) for run in runs], "one", SPEC)
     mean = next(f for f in figures if f.column == "mean_ttft_ms" and f.expert == "all")
     values = [row["mean_ttft_ms"] for run in runs for row in result_of(run).replication_rows if row["expert"] == "all"]
     assert mean.measured == pytest.approx(np.mean(values))
@@ -88,7 +89,7 @@ def test_the_noise_is_pooled_over_the_loads() -> None:
     quiet = [make_run(FLEET, 8) for _ in range(2)]
     noisy = [make_run(FLEET, 32, slowness=slowness) for slowness in (0.9, 1.1)]
     real = [result_of(first, second) for first, second in zip(quiet, noisy, strict=True)]
-    figures = compare(real[0], [], real, "one", SPEC)
+    figures = compare([real[0]] * 2, [], real, "one", SPEC)
     floors = {f.load: f.noise_floor for f in figures if f.column == "mean_tpot_ms" and f.expert == "all"}
     values = np.array(
         [f["mean_tpot_ms"] for r in real for f in r.replication_rows if f["expert"] == "all" and f["users"] == 32]
@@ -97,9 +98,21 @@ def test_the_noise_is_pooled_over_the_loads() -> None:
     assert floors[8] == pytest.approx(values.std(ddof=1) / values.mean() / 2**0.5)
 
 
+def test_every_repeat_is_compared_with_its_own_draw_of_requests() -> None:
+    draws = [make_run(FLEET, 8, slowness=slowness) for slowness in (0.8, 1.2)]
+    simulated = [result_of(run) for run in draws]
+    bounds = [[result_of(make_run(FLEET, 8, slowness=slowness)) for slowness in (0.7, 1.1)]]
+    figures = compare(simulated, bounds, simulated, "one", SPEC)
+    mean = next(f for f in figures if f.column == "mean_ttft_ms" and f.expert == "all")
+    assert mean.error == 0
+    assert mean.noise_floor == 0, "draws differ, errors do not"
+    low = [row["mean_ttft_ms"] for result in bounds[0] for row in result.replication_rows if row["expert"] == "all"]
+    assert mean.predicted_low == pytest.approx(np.mean(low))
+
+
 def test_what_is_predicted_at_the_engines_pace_is_an_error_of_its_own() -> None:
     run, slower = make_run(FLEET, 8), make_run(FLEET, 8, slowness=1.1)
-    figures = compare(result_of(run), [], [result_of(slower)], "one", SPEC, at_pace=[result_of(slower)])
+    figures = compare([result_of(run)], [], [result_of(slower)], "one", SPEC, at_pace=[result_of(slower)])
     mean = next(f for f in figures if f.column == "mean_e2el_ms" and f.expert == "all")
     assert mean.error < -0.03
     assert mean.error_at_pace == 0
@@ -109,7 +122,7 @@ def test_the_bootstrap_holds_the_mean_and_narrows_with_more_requests() -> None:
     widths = []
     for requests in (400, 6400):
         run = make_run(FLEET, 8, requests=requests)
-        figures = compare(result_of(run), [], [result_of(run)], "one", SPEC)
+        figures = compare([result_of(run)], [], [result_of(run)], "one", SPEC)
         mean = next(f for f in figures if f.column == "mean_e2el_ms" and f.expert == "all")
         assert mean.measured_low < mean.measured < mean.measured_high
         widths.append((mean.measured_high - mean.measured_low) / mean.measured)
@@ -118,13 +131,13 @@ def test_the_bootstrap_holds_the_mean_and_narrows_with_more_requests() -> None:
 
 def test_a_load_that_was_not_measured_is_not_compared() -> None:
     predicted = result_of(make_run(FLEET, 8), make_run(FLEET, 32))
-    figures = compare(predicted, [], [result_of(make_run(FLEET, 8))], "one", SPEC)
+    figures = compare([predicted], [], [result_of(make_run(FLEET, 8))], "one", SPEC)
     assert {f.load for f in figures} == {8.0}
 
 
 def test_stations_add_up_to_the_end_to_end_time() -> None:
     run = make_run(FLEET, 8)
-    rows = station_times(run, [run])
+    rows = station_times([run], [run])
     for name in ("all", *run.expert_names):
         of_expert = [row for row in rows if row.expert == name]
         assert [row.station for row in of_expert] == list(STATIONS)
@@ -145,12 +158,12 @@ def test_times_inside_a_real_engine_are_its_own_and_unknown_without_them() -> No
             for k, r in enumerate(run.replicas)
         ),
     )
-    at = {row.station: row for row in station_times(run, [told]) if row.expert == "all"}
+    at = {row.station: row for row in station_times([run], [told]) if row.expert == "all"}
     weights = [10 * (1 + k) for k in range(len(run.replicas))]
     expected_s = np.average([0.2 * k for k in range(len(run.replicas))], weights=weights)
     assert at["prefill"].measured_s == pytest.approx(expected_s)
     assert at["front end and queue"].measured_s == pytest.approx(0.5 - expected_s)
-    silent = {row.station: row for row in station_times(run, [run]) if row.expert == "all"}
+    silent = {row.station: row for row in station_times([run], [run]) if row.expert == "all"}
     assert isnan(silent["decode"].measured_s)
     assert not isnan(silent["router"].measured_s)
 
@@ -167,14 +180,14 @@ def test_batch_shares_are_of_iterations() -> None:
 
 def outcome_of(slowness: float) -> CheckOutcome:
     predicted, real = make_run(FLEET, 8), make_run(FLEET, 8, slowness=slowness)
-    figures = compare(result_of(predicted), [result_of(predicted)], [result_of(real)], "one", SPEC)
+    figures = compare([result_of(predicted)], [[result_of(predicted)]], [result_of(real)], "one", SPEC)
     return CheckOutcome(
         file=make_result().file,
         fleet="one",
-        predicted=result_of(predicted),
+        predicted=[result_of(predicted)],
         measured=[result_of(real)],
         figures=figures,
-        stations=station_times(predicted, [real]),
+        stations=station_times([predicted], [real]),
         paces=[Pace(load=8.0, expert="expert-0", pace=1.1, low=1.0, high=1.2, iterations=900, known=1.0)],
         batches={"expert-0/0": (batch_shares(np.array([1, 2])), batch_shares(np.array([2, 2])))},
     )

@@ -2,14 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from calibrate.measure.engine_under_test import EngineGoneError, EngineUnderTest
 from calibrate.measure.files import MeasurementError, MeasurementFolder
 from calibrate.measure.folder_fit import measured_folders
-from calibrate.measure.grid import Lengths, lengths_of
+from calibrate.measure.grid import Lengths, first_design, lengths_of
 from calibrate.measure.measured_profile import fit_folder
-from calibrate.measure.one_engine import MOST_RESTARTS, Outcome, measure_expert
+from calibrate.measure.one_engine import CHECK_SHARE, MOST_RESTARTS, Outcome, measure_expert
 from sim.profile import TermParameters
 from sim.spec import EngineSpec, ExpertSpec
 from sim.traffic import WorkloadData
@@ -160,3 +161,14 @@ def test_a_share_of_a_measurement_leaves_the_rest_for_another_time(tmp_path: Pat
     assert last.complete
     assert labels(tmp_path)[: len(before)] == before
     assert sum(label.startswith("closed") for label in labels(tmp_path)) == 2
+
+
+def test_the_first_points_come_again_in_every_third_of_the_time(tmp_path: Path) -> None:
+    outcome = measure(tmp_path, 0.2, Starts())
+    meta = outcome.measured.meta
+    assert meta is not None
+    third_s = 60 * 0.2 * (1 - CHECK_SHARE) / 3
+    for first in first_design(SETTINGS, LENGTHS):
+        began_s = [point.started_s for point in meta.points if point.label.startswith(f"{first.name}#")]
+        assert 2 <= len(began_s) <= 3, first.name
+        assert np.diff(began_s).min() >= third_s

@@ -20,7 +20,7 @@ FILE = """
 workload:
   classes: {any: {prompt_tokens: 20, output_tokens: 5}}
   load: {kind: closed_loop, users: 1}
-run: {duration_s: 5, warm_up_s: 1, replications: 3}
+run: {duration_s: 5, warm_up_s: 1, replications: 3, seed: 7}
 check: {repeats: 2}
 fleets: {one: {experts: {chat: {model: laptop-16m, gpu: CPU}}}}
 """
@@ -44,7 +44,7 @@ class Turns:
         self._happens("gateway")
 
     def run(self, file: LoadedFleetFile, **_: Any) -> Result:
-        assert file.run.replications == 1
+        assert (file.run.replications, file.run.seed) == (1, 7 + self.events.count("run"))
         self._happens("run")
         stopped = self.events.count("run") == 2 and self._stops == "second run"
         return replace(simulate(file, workers=1), interrupted=stopped)

@@ -13,9 +13,10 @@ from calibrate.check.comparison import Figure, compare, coverage
 from calibrate.check.pace import Pace, factors, paces
 from calibrate.check.station_times import StationTime, station_times
 from calibrate.check.taken_for import taken_for
-from calibrate.check.turns import RECORDS, Step
+from calibrate.check.turns import RECORDS, Step, of_repeat
 from real.experts.iteration_log import IterationLine, IterationLog
 from sim.outputs import write_result
+from sim.records import RunRecord
 from sim.request import Request
 from sim.resolve import profile_of
 from sim.result import Result
@@ -33,7 +34,7 @@ class CheckOutcome:
     Attributes:
         file: the fleet file with its profiles.
         fleet: which of its fleets.
-        predicted: simulated with the traffic of the real runs.
+        predicted: simulated with the traffic of each real run.
         measured: one result for each repeated real run.
         figures: of every load that both sides have.
         stations: where requests spent their time, by load and expert.
@@ -45,7 +46,7 @@ class CheckOutcome:
 
     file: FleetFile
     fleet: str
-    predicted: Result
+    predicted: Sequence[Result]
     measured: Sequence[Result]
     figures: Sequence[Figure]
     stations: Sequence[StationTime]
@@ -94,7 +95,7 @@ class CheckOutcome:
             lines.append(self._blame(worst.load))
             if not isnan(worst.error_at_pace):
                 lines.append(self._clock(worst))
-        lines += [f"predicted with {label}" for label in self.predicted.curve_labels]
+        lines += [f"predicted with {label}" for each in self.predicted[:1] for label in each.curve_labels]
         measured = self.measured[0].measured if self.measured else None
         if measured is not None:
             engines = sorted({engine for fleet in measured.engines.values() for engine in fleet.values()})
@@ -152,7 +153,7 @@ def check(
     Args:
         file: its experts have profiles, or the roofline predicts.
         fleet: which of its fleets.
-        measured: one result for each repeated real run, of one replication, with the traffic of the file's seed.
+        measured: one result for each repeated real run, as ``take_turns`` made them.
         logs: (expert, replica index) -> log of its engine.
         folder: for the records of the prediction.
         step: shows progress.
@@ -161,41 +162,34 @@ def check(
     Raises:
         FleetFileError, TraceError, ValueError: the file cannot work, see ``simulate``.
     """
-    spec = file.check
-    file = file.model_copy(
-        update={
-            "fleets": {fleet: file.fleets[fleet]},
-            "run": file.run.model_copy(update={"replications": 1}),
-        }
-    )
-    with step("simulating") as progress:
-        classified = taken_for(file, fleet)
-        predicted = simulate(file, taken_for=classified, workers=1, progress=progress)
-        write_result(predicted, folder / "predicted", RECORDS)
+    file = file.model_copy(update={"fleets": {fleet: file.fleets[fleet]}})
+    repeats = [of_repeat(file, repeat) for repeat in range(len(measured))]
+    with step("simulating"):
+        classified = [taken_for(each, fleet) for each in repeats]
+        traffic = list(zip(repeats, classified, strict=True))
+        predicted = [simulate(each, taken_for=classes, workers=1) for each, classes in traffic]
+        for number, result in enumerate(predicted, start=1):
+            write_result(result, folder / f"predicted-{number}", RECORDS)
         bounds = [
-            simulate(file, iteration_time_factors=ends, taken_for=classified, workers=1)
+            [simulate(each, iteration_time_factors=ends, taken_for=classes, workers=1) for each, classes in traffic]
             for ends in _ends(predicted, fleet)
         ]
-        bounds += [simulate(file, seed=file.run.seed + draw) for draw in range(1, OTHER_DRAWS + 1)]
-    experts = {expert.name: index for index, expert in enumerate(predicted.fleets[fleet].experts)}
-    lines = {(experts[name], replica): IterationLog(log).new_lines() for (name, replica), log in logs.items()}
-    found = paces(predicted.fleets[fleet].experts, [run for result in measured for run in result.runs], lines)
-    at_pace = [
-        simulate(_at_load(file, load), iteration_time_factors=factors(found, load), taken_for=classified, workers=1)
-        for load in dict.fromkeys(pace.load for pace in found)
-    ]
-    batches = _batches(predicted, measured, fleet, lines, classified) if measured else {}
-    figures = compare(predicted, bounds, measured, fleet, spec, at_pace=at_pace)
-    compared = {figure.load for figure in figures}
-    stations = [
-        row
-        for load in loads(file.workload)
-        if load in compared
-        for row in station_times(
-            next(record for record in predicted.runs if record.load == load),
-            [record for result in measured for record in result.runs if record.load == load],
-        )
-    ]
+        bounds += [[simulate(of_repeat(file, len(measured) + draw))] for draw in range(OTHER_DRAWS)]
+        experts = predicted[0].fleets[fleet].experts if predicted else ()
+        places = {expert.name: index for index, expert in enumerate(experts)}
+        lines = {
+            (places[name], replica): IterationLog(log).new_lines() for (name, replica), log in logs.items() if places
+        }
+        found = paces(experts, [run for result in measured for run in result.runs], lines)
+        at_pace = [
+            simulate(_at_load(each, load), iteration_time_factors=factors(found, load), taken_for=classes, workers=1)
+            for load in dict.fromkeys(pace.load for pace in found)
+            for each, classes in traffic
+        ]
+        figures = compare(predicted, bounds, measured, fleet, file.check, at_pace=at_pace)
+        compared = [load for load in loads(file.workload) if any(figure.load == load for figure in figures)]
+        stations = [row for load in compared for row in station_times(_at(predicted, load), _at(measured, load))]
+        batches = _batches(predicted, measured, fleet, lines, classified) if measured else {}
     return CheckOutcome(
         file=file,
         fleet=fleet,
@@ -221,43 +215,51 @@ def _at_load(file: FleetFile, load: float) -> FleetFile:
     return file.model_copy(update={"workload": file.workload.model_copy(update={"load": changed})})
 
 
-def _ends(predicted: Result, fleet: str) -> list[dict[str, float]]:
+def _at(results: Sequence[Result], load: float) -> list[RunRecord]:
+    """The runs of several results at one load."""
+    return [record for result in results for record in result.runs if record.load == load]
+
+
+def _ends(predicted: Sequence[Result], fleet: str) -> list[dict[str, float]]:
     """All experts' iteration times at either end of what their profiles' held-out errors leave open.
 
     Beyond the fitted range the errors are the wider ones that the profile expects there.
     """
     errors: dict[str, float] = {}
-    for record in predicted.runs:
-        for replica in record.replicas:
-            if not isnan(replica.iteration_error):
-                name = predicted.fleets[fleet].experts[replica.expert_index].name
-                errors[name] = max(errors.get(name, 0.0), replica.iteration_error)
+    for result in predicted:
+        for record in result.runs:
+            for replica in record.replicas:
+                if not isnan(replica.iteration_error):
+                    name = result.fleets[fleet].experts[replica.expert_index].name
+                    errors[name] = max(errors.get(name, 0.0), replica.iteration_error)
     if not errors:
         return []
     return [{name: 1 / (1 + error) for name, error in errors.items()}, {name: 1 + e for name, e in errors.items()}]
 
 
 def _batches(
-    predicted: Result,
+    predicted: Sequence[Result],
     measured: Sequence[Result],
     fleet: str,
     lines: Mapping[tuple[int, int], Sequence[IterationLine]],
-    classified: Callable[[Request], int] | None,
+    classified: Sequence[Callable[[Request], int] | None],
 ) -> dict[str, tuple[Sequence[float], Sequence[float]]]:
     """Requests per iteration at the highest load, from the simulation and from the engines' logs."""
     found: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
-    record = predicted.runs[-1]
+    highest = predicted[0].runs[-1].load
     windows = [
         tuple(real.began_monotonic_s + edge_s for edge_s in real.window_s)
         for result in measured
         for real in result.runs
-        if real.load == record.load
+        if real.load == highest
     ]
-    experts = predicted.fleets[fleet].experts
+    experts = predicted[0].fleets[fleet].experts
     for (index, replica), logged in lines.items():
-        traced = trace_replica(predicted, fleet, index, replica, classified)
         sizes = [
-            each.prefills + each.decodes for each in traced if record.window_s[0] < each.start_s <= record.window_s[1]
+            each.prefills + each.decodes
+            for result, classes in zip(predicted, classified, strict=True)
+            for each in trace_replica(result, fleet, index, replica, classes)
+            if result.runs[-1].window_s[0] < each.start_s <= result.runs[-1].window_s[1]
         ]
         real = [
             line.context_requests + line.generation_requests

@@ -33,6 +33,9 @@ SHOWN = tuple(
 COLUMNS = ("request_throughput", "output_throughput", *SHOWN)
 """Every figure of the comparison, by its name in ``sim.metrics``."""
 
+_Rows = Mapping[tuple[float, str], Mapping[str, float]]
+"""(load, expert) -> column -> figure."""
+
 RESAMPLES = 400
 BLOCKS = 20
 CONFIDENCE = 0.9
@@ -49,7 +52,9 @@ class Figure:
         predicted_low, predicted_high: 90 % interval of the prediction for one real run.
         measured: mean over repeated runs.
         measured_low, measured_high: its 90 % bootstrap interval; NaN where it cannot be resampled.
-        noise_floor: relative standard deviation between repeated real runs, pooled over the loads; NaN for single ones.
+        predicted: mean over the runs' draws of requests.
+        noise_floor: relative standard deviation of measured over predicted between repeated real runs, pooled over the
+            loads; NaN for single ones.
         tolerance: largest relative error that passes; NaN for a figure that is shown and not judged.
         noise_floors: how many noise floors pass as well.
         predicted_at_pace: predicted once more with the iteration times that the engines had; NaN where not known.
@@ -101,8 +106,8 @@ class Figure:
 
 
 def compare(
-    predicted: Result,
-    bounds: Sequence[Result],
+    predicted: Sequence[Result],
+    bounds: Sequence[Sequence[Result]],
     measured: Sequence[Result],
     fleet: str,
     spec: CheckSpec,
@@ -112,18 +117,20 @@ def compare(
     """Return every figure of one fleet at every load that both sides have, the fleet's own first.
 
     Args:
-        predicted: simulated with the traffic of the measured runs.
-        bounds: simulated with iteration times at the ends of their interval, and with other draws of the traffic.
+        predicted: simulated with the traffic of each measured run.
+        bounds: simulated with iteration times at the ends of their interval, and with other draws of the traffic; what
+            belongs together is averaged.
         measured: repeated real runs, one result each.
         fleet: its name in both.
         spec: tolerances.
         at_pace: simulated with the iteration times that the engines had, each at some of the loads.
     """
-    central = _rows(predicted, fleet)
-    paced = {key: row for result in at_pace for key, row in _rows(result, fleet).items()}
-    spread = [_rows(result, fleet) for result in bounds]
+    simulated = [_rows(result, fleet) for result in predicted]
+    central = _mean_rows(simulated)
+    paced = _mean_rows([_rows(result, fleet) for result in at_pace])
+    spread = [_mean_rows([_rows(result, fleet) for result in together]) for together in bounds]
     real = [_rows(result, fleet) for result in measured]
-    floors = _noise_floors(real)
+    floors = _noise_floors(simulated, real)
     figures = []
     for (load, expert), row in central.items():
         if not all((load, expert) in rows for rows in real) or not real:
@@ -160,21 +167,26 @@ def coverage(figures: Sequence[Figure]) -> float:
     return sum(known) / len(known) if known else nan
 
 
-def _noise_floors(real: Sequence[Mapping[tuple[float, str], Mapping[str, float]]]) -> dict[tuple[str, str], float]:
+def _noise_floors(simulated: Sequence[_Rows], real: Sequence[_Rows]) -> dict[tuple[str, str], float]:
     """Return (expert, column) -> relative standard deviation between repeats, pooled over the loads.
 
-    Two or three repeats of one load tell little of their spread, and by chance now and then almost none; the loads ran
-    on the same machine in turn, so their variances are taken together.
+    Of measured over predicted, since each repeat has its own draw of requests. Two or three repeats of one load tell
+    little of their spread, and by chance now and then almost none; the loads ran on the same machine in turn, so their
+    variances are taken together.
     """
     floors: dict[tuple[str, str], float] = {}
     if len(real) < 2:
         return floors
-    shared = [key for key in real[0] if all(key in rows for rows in real)]
+    pairs = list(zip(simulated, real, strict=True))
+    shared = [key for key in real[0] if all(key in ours and key in theirs for ours, theirs in pairs)]
     for expert in dict.fromkeys(expert for _, expert in shared):
+        keys = [key for key in shared if key[1] == expert]
         for column in COLUMNS:
-            values = np.array([[rows[key][column] for rows in real] for key in shared if key[1] == expert])
             with np.errstate(invalid="ignore", divide="ignore"):
-                variances = (values.std(axis=1, ddof=1) / values.mean(axis=1)) ** 2
+                ratios = np.array(
+                    [[np.divide(theirs[key][column], ours[key][column]) for ours, theirs in pairs] for key in keys]
+                )
+                variances = (ratios.std(axis=1, ddof=1) / ratios.mean(axis=1)) ** 2
             known = variances[np.isfinite(variances)]
             if len(known):
                 floors[expert, column] = float(np.sqrt(known.mean()))
@@ -185,12 +197,24 @@ def _tolerance(tolerances: ToleranceSpec, column: str) -> float:
     return float(getattr(tolerances, JUDGED[column])) if column in JUDGED else nan
 
 
-def _rows(result: Result, fleet: str) -> dict[tuple[float, str], dict[str, float]]:
+def _rows(result: Result, fleet: str) -> _Rows:
     """The figures of a result's first replication by load and expert."""
     return {
-        (_load(row), row["expert"]): row
+        (_load(row), row["expert"]): {column: float(row[column]) for column in COLUMNS}
         for row in result.replication_rows
         if row["fleet"] == fleet and row["replication"] == 0
+    }
+
+
+def _mean_rows(several: Sequence[_Rows]) -> _Rows:
+    """The mean of every figure over those that have it."""
+    found: dict[tuple[float, str], list[Mapping[str, float]]] = {}
+    for rows in several:
+        for key, row in rows.items():
+            found.setdefault(key, []).append(row)
+    return {
+        key: {column: float(np.mean([row[column] for row in rows])) for column in COLUMNS}
+        for key, rows in found.items()
     }
 
 

@@ -28,25 +28,25 @@ class StationTime:
     measured_s: float
 
 
-def station_times(simulated: RunRecord, measured: Sequence[RunRecord]) -> list[StationTime]:
-    """Return the times of the fleet and of each expert at one load, measured ones as means over the runs.
+def station_times(simulated: Sequence[RunRecord], measured: Sequence[RunRecord]) -> list[StationTime]:
+    """Return the times of the fleet and of each expert at one load, as means over the runs.
 
     Simulated times come from the timestamps of each request; measured ones of the router from the gateway's headers and
     those inside the engine from its own sums (vLLM's ``request_prefill_time_seconds`` and
     ``request_decode_time_seconds``, whose prefill lasts from the first scheduling to the first token, as here, and
     ``e2e_request_latency_seconds``).
     """
-    names = (ALL_EXPERTS, *simulated.expert_names)
+    names = (ALL_EXPERTS, *simulated[0].expert_names)
     rows = []
     for index, name in enumerate(names, start=-1):
-        ours = _from_timestamps(simulated, index)
+        ours = [_from_timestamps(record, index) for record in simulated]
         theirs = [_from_engines(record, index) for record in measured]
         rows += [
             StationTime(
-                load=simulated.load,
+                load=simulated[0].load,
                 expert=name,
                 station=station,
-                simulated_s=ours[station],
+                simulated_s=float(np.mean([each[station] for each in ours])),
                 measured_s=float(np.mean([each[station] for each in theirs])) if theirs else nan,
             )
             for station in STATIONS

@@ -15,6 +15,7 @@ from real.serving.fleet import RunningFleet
 from real.users.run import run
 from sim.outputs import write_result
 from sim.result import Result
+from sim.run import with_changes
 from sim.spec import FleetFile
 
 RECORDS = ("csv", "parquet")
@@ -35,6 +36,7 @@ def take_turns(
 ) -> tuple[list[Result], bool]:
     """Run a fleet for real ``check.repeats`` times, and calibrate its engines before, in between and afterwards.
 
+    Each run has its own draw of requests (``of_repeat``), or what coincides in one draw would coincide in all of them.
     Ctrl-C ends it early; with at least one run measured what there is is returned.
 
     Args:
@@ -54,7 +56,6 @@ def take_turns(
         EngineFailedError: the gateway did not start.
         KeyboardInterrupt: the user stopped before anything was measured.
     """
-    file = file.model_copy(update={"run": file.run.model_copy(update={"replications": 1})})
     repeats = file.check.repeats
     measured: list[Result] = []
     try:
@@ -64,7 +65,11 @@ def take_turns(
                 served.start_gateway()
             with step(f"measuring, run {repeat + 1} of {repeats}") as progress:
                 result = run(
-                    file, fleet=served.name, url=served.url, replica_urls=served.replica_urls, progress=progress
+                    of_repeat(file, repeat),
+                    fleet=served.name,
+                    url=served.url,
+                    replica_urls=served.replica_urls,
+                    progress=progress,
                 )
             if result.runs:
                 measured.append(result)
@@ -77,6 +82,11 @@ def take_turns(
             raise
         return measured, True
     return measured, False
+
+
+def of_repeat(file: FleetFile, repeat: int) -> FleetFile:
+    """Return the file with the seed of one of the repeated runs, 0-based, and one replication."""
+    return with_changes(file, users=None, seed=file.run.seed + repeat, replications=1)
 
 
 def _calibrate(calibration: Calibration | None, minutes: float, share: float) -> None:

@@ -3,10 +3,10 @@
 The time of an observation (``calibrate.fit.iteration_observations``) is linear in non-negative parameters
 once the form of the matrix work is given: a floor, as a number of tokens that is searched; or straight pieces between
 knots, for hardware that works differently on small batches. The rest is non-negative least squares with Huber weights
-(Huber 1964), so that a stall of the machine does not steer it. Such weights tell how terms stand to each other; but times
-are skewed, on a machine with neighbours more so, and a server meets their mean. So all terms are then scaled until the
-observations take as long together as they did, stalls apart. Knots are taken where they predict points left out
-better. Intervals come from refits to resampled points, whole points at a time, errors from leaving each point out.
+(Huber 1964), so that a stall of the machine does not steer it. Such weights tell how terms stand to each other; but
+times are skewed, on a machine with neighbours more so, and a server meets their mean. So all terms are then scaled
+until the observations take as long together as they did, stalls apart. Knots are taken where they predict points left
+out better. Intervals come from refits to resampled points, whole points at a time, errors from leaving each point out.
 
 An asynchronous engine works on the host for the next batch while the device computes this one. What a batch takes there
 is its own work on the host, which falls before the log line of the batch before it, and the wait for it; and the terms

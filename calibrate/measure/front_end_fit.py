@@ -56,8 +56,8 @@ def fit_front_end(
         settings: of the engine.
         fitted: to its iterations.
         shares_cores: front end and engine are confined to the same cores, so that the front end's work on tokens is
-            part of what an iteration takes, and its work on a request makes the iteration longer in which it falls; where
-            they are not, a token takes at least its CPU time besides.
+            part of what an iteration takes, and its work on a request makes the iteration longer in which it falls;
+            where they are not, a token takes at least its CPU time besides.
     """
     samples = [(label, sample) for label, sample in _samples(requests, iterations, settings)]
     together = [sample for _, sample in samples if len(sample.sent) >= FEWEST_TOGETHER]

@@ -44,6 +44,10 @@ REFERENCE_EVERY_S = 40.0
 NOISY = 0.02
 """Standard error of a point's mean decode iteration, as a share of it, above which the point is measured again."""
 MOST_TIMES = 3
+"""That a point is measured because it is noisy, or one of the first; each time a third of the budget later.
+
+At once would tell little: what slows a machine lasts for seconds, and other such moments come.
+"""
 CHECK_SHARE = 0.15
 """Of the budget, for closed-loop users kept aside as a check."""
 MOST_RESTARTS = 2
@@ -204,19 +208,15 @@ class _Session:
     async def _measure_all(self, client: PointClient) -> None:
         known = candidates(self._settings, self._lengths)
         grid_s = self._budget_s * self._share * (1 - CHECK_SHARE)
+        whole_s = self._budget_s * (1 - CHECK_SHARE)
         while (spent_s := _seconds(self._measured)) < grid_s:
-            times = Counter(point.label.partition("#")[0] for point in self._points())
             since = [point.started_s for point in self._points() if point.reference]
             if not since or spent_s - since[-1] > REFERENCE_EVERY_S:
                 await self._measure(client, REFERENCE, reference=True)
                 continue
-            missing = [point for point in first_design(self._settings, self._lengths) if not times[point.name]]
-            if missing:
-                await self._measure(client, missing[0])
-                continue
-            noisy = self._noisy(times, known)
-            if noisy is not None:
-                await self._measure(client, noisy)
+            again = self._again(known, spent_s, whole_s)
+            if again is not None:
+                await self._measure(client, again)
                 continue
             chosen = self._choose(known, grid_s - spent_s)
             if chosen is None:
@@ -313,20 +313,27 @@ class _Session:
                 choice.learn(told)
         return choice.best(known, seconds_left)
 
-    def _noisy(self, times: Counter[str], known: list[Candidate]) -> Point | None:
-        """The point measured last, if its mean is not yet known well enough."""
-        last = self._points()[-1].label.partition("#")[0]
-        if times[last] >= MOST_TIMES or last == "reference":
-            return None
+    def _again(self, known: Sequence[Candidate], spent_s: float, whole_s: float) -> Point | None:
+        """One of the first points that is due, or else the earliest of the others that is noisy and due."""
+        first = first_design(self._settings, self._lengths)
+        times = Counter(point.label.partition("#")[0] for point in self._points())
+        last_s = {point.label.partition("#")[0]: point.started_s for point in self._points()}
+
+        def is_due(name: str) -> bool:
+            return not times[name] or (times[name] < MOST_TIMES and spent_s - last_s[name] >= whole_s / MOST_TIMES)
+
+        for point in first:
+            if is_due(point.name):
+                return point
+        others = {each.point.name: each.point for each in known}
+        due = (others[name] for name in last_s if name in others and is_due(name) and self._is_noisy(name))
+        return next(due, None)
+
+    def _is_noisy(self, name: str) -> bool:
+        """Whether a point's mean is not yet known well enough."""
         rows = self._measured.iterations
-        mine = rows[rows["point"].str.startswith(f"{last}#") & rows["matched"] & (rows["prefill_chunks"] == 0)]
-        if standard_error(mine) <= NOISY:
-            return None
-        among = [
-            *first_design(self._settings, self._lengths),
-            *(c.point for c in candidates(self._settings, self._lengths)),
-        ]
-        return next((point for point in among if point.name == last and point.kind == "steps"), None)
+        mine = rows[rows["point"].str.startswith(f"{name}#") & rows["matched"] & (rows["prefill_chunks"] == 0)]
+        return standard_error(mine) > NOISY
 
 
 def standard_error(decodes: pd.DataFrame) -> float:
