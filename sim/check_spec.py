@@ -26,5 +26,7 @@ class ToleranceSpec(Spec):
 class CheckSpec(Spec):
     """How ``expert-router check`` judges a fleet of this file."""
 
-    repeats: PositiveInt = Field(3, description="real runs of each load; what differs between them is noise")
+    repeats: PositiveInt = Field(
+        3, description="real runs of each load, each of requests of its own; what their errors differ by is noise"
+    )
     tolerances: ToleranceSpec = ToleranceSpec()
