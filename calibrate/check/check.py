@@ -82,7 +82,8 @@ class CheckOutcome:
         judged = [figure for figure in self.figures if figure.passes is not None]
         lines = [
             f"{'PASS' if self.passed else 'FAIL'}: {len(judged) - len(self.failing)} of {len(judged)} judged figures "
-            f"within tolerance or noise; {self.coverage:.0%} of the fleet's measured figures inside their predicted "
+            f"within tolerance or noise ({sum(figure.within_tolerance for figure in judged)} within tolerance alone); "
+            f"{self.coverage:.0%} of the fleet's measured figures inside their predicted "
             f"90 % intervals (at least {self.file.check.tolerances.coverage:.0%} asked)"
         ]
         lines += [

@@ -91,6 +91,11 @@ class Figure:
         return max(self.tolerance, floor)
 
     @property
+    def within_tolerance(self) -> bool:
+        """Whether the error is within the tolerance, whatever the noise."""
+        return abs(self.error) <= self.tolerance
+
+    @property
     def passes(self) -> bool | None:
         """Whether the error is within the limit; None for a figure that is not judged or not known."""
         if isnan(self.tolerance) or isnan(self.error):
