@@ -136,10 +136,14 @@ def kernels_of(calibration: Calibration) -> dict[str, float]:
 
 
 def front_end_costs(calibration: Calibration, group: EngineGroup) -> FrontEndCosts:
-    """Return the front end of a group's profiles: the delay as fitted, the rest as the roofline assumes it."""
+    """Return the front end of a group's profiles: the delay as fitted, the rest as the roofline assumes it.
+
+    A GPU's engine shares no cores with it.
+    """
     costs = {
         name: Parameter(value=_digits(value), assumed=how_set(f"front_end.{name}"))
         for name, value in asdict(default_front_end()).items()
+        if FrontEndCosts.model_fields[name].is_required()
     }
     if group in calibration.delays_s:
         costs["delay_s"] = _rounded(calibration.delays_s[group])
