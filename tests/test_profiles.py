@@ -95,11 +95,12 @@ def test_every_figure_of_a_profile_has_an_interval_or_says_that_it_was_assumed(
 ) -> None:
     profile = profile_of(calibration, held_out)
     assert profile.front_end is not None
+    assert profile.front_end.per_request_engine_s is None, "a GPU's engine shares no cores with it"
     parameters = [
         getattr(group, name)
         for group in (profile.parameters, profile.front_end)
         for name in type(group).model_fields
-        if name != "kind"
+        if name not in ("kind", "per_request_engine_s")
     ]
     assert len(parameters) == len(CORRECTIONS) + len(OVERHEADS) + 4
     for parameter in parameters:
