@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from math import isnan
 from pathlib import Path
 
@@ -165,17 +166,24 @@ def check(
     """
     file = file.model_copy(update={"fleets": {fleet: file.fleets[fleet]}})
     repeats = [of_repeat(file, repeat) for repeat in range(len(measured))]
-    with step("simulating"):
+    with step("simulating") as progress:
+        done, in_all = count(1), len(repeats) * (3 + len(loads(file.workload))) + OTHER_DRAWS
+
+        def simulated(
+            of: FleetFile, classes: Callable[[Request], int] | None, times: Mapping[str, float] | None = None
+        ) -> Result:
+            result = simulate(of, taken_for=classes, iteration_time_factors=times, workers=1)
+            if progress is not None:
+                progress(min(1.0, next(done) / in_all))
+            return result
+
         classified = [taken_for(each, fleet) for each in repeats]
         traffic = list(zip(repeats, classified, strict=True))
-        predicted = [simulate(each, taken_for=classes, workers=1) for each, classes in traffic]
+        predicted = [simulated(each, classes) for each, classes in traffic]
         for number, result in enumerate(predicted, start=1):
             write_result(result, folder / f"predicted-{number}", RECORDS)
-        bounds = [
-            [simulate(each, iteration_time_factors=ends, taken_for=classes, workers=1) for each, classes in traffic]
-            for ends in _ends(predicted, fleet)
-        ]
-        bounds += [[simulate(of_repeat(file, len(measured) + draw))] for draw in range(OTHER_DRAWS)]
+        bounds = [[simulated(each, classes, ends) for each, classes in traffic] for ends in _ends(predicted, fleet)]
+        bounds += [[simulated(of_repeat(file, len(measured) + draw), None)] for draw in range(OTHER_DRAWS)]
         experts = predicted[0].fleets[fleet].experts if predicted else ()
         places = {expert.name: index for index, expert in enumerate(experts)}
         lines = {
@@ -183,7 +191,7 @@ def check(
         }
         found = paces(experts, [run for result in measured for run in result.runs], lines)
         at_pace = [
-            simulate(_at_load(each, load), iteration_time_factors=factors(found, load), taken_for=classes, workers=1)
+            simulated(_at_load(each, load), classes, factors(found, load))
             for load in dict.fromkeys(pace.load for pace in found)
             for each, classes in traffic
         ]

@@ -12,7 +12,7 @@ from rich.console import Console
 from sim.simulate_command import UserList
 
 if TYPE_CHECKING:
-    from calibrate.measure.fleet import Calibration
+    from calibrate.measure.fleet import FleetMeasurement
     from real.serving.fleet import RunningFleet
     from sim.fleet_file import LoadedFleetFile
 
@@ -104,22 +104,22 @@ def command(
 
 def _calibration(
     file: "LoadedFleetFile", served: "RunningFleet", folder: Path, messages: Console
-) -> "Calibration | None":
+) -> "FleetMeasurement | None":
     """What is to be measured: each expert of the fleet that names no profile, if there is one.
 
     The engines that are to serve are themselves measured: to start others takes as long as a good part of measuring.
     """
     from calibrate.measure.engine_under_test import served_by
-    from calibrate.measure.fleet import Calibration
+    from calibrate.measure.fleet import FleetMeasurement
     from calibrate.measure.measured_experts import distinct_experts
 
     missing = [each for each in distinct_experts(file, [served.name]) if each.spec.profile is None]
     if not missing:
         return None
-    return Calibration(file, missing, out=folder, messages=messages, console=messages, start=served_by(served))
+    return FleetMeasurement(file, missing, out=folder, messages=messages, console=messages, start=served_by(served))
 
 
-def _calibrated(calibration: "Calibration", folder: Path) -> "LoadedFleetFile":
+def _calibrated(calibration: "FleetMeasurement", folder: Path) -> "LoadedFleetFile":
     """Fit what was measured and return the file with it.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Calibration and real runs by turns, so that what is predicted and what is measured meet the same machine.
+"""FleetMeasurement and real runs by turns, so that what is predicted and what is measured meet the same machine.
 
 A machine's speed wanders over minutes. Engines that are all measured first and run afterwards would be compared across
 that; a part of their calibration before each run, and the last part behind the last one, has a steady drift fall out.
@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from calibrate.measure.files import MeasurementError
-from calibrate.measure.fleet import Calibration
+from calibrate.measure.fleet import FleetMeasurement
 from real.serving.fleet import RunningFleet
 from real.users.run import run
 from sim.outputs import write_result
@@ -28,7 +28,7 @@ Step = Callable[[str], AbstractContextManager[Callable[[float], None] | None]]
 def take_turns(
     file: FleetFile,
     served: RunningFleet,
-    calibration: Calibration | None,
+    calibration: FleetMeasurement | None,
     *,
     minutes: float,
     folder: Path,
@@ -89,7 +89,7 @@ def of_repeat(file: FleetFile, repeat: int) -> FleetFile:
     return with_changes(file, users=None, seed=file.run.seed + repeat, replications=1)
 
 
-def _calibrate(calibration: Calibration | None, minutes: float, share: float) -> None:
+def _calibrate(calibration: FleetMeasurement | None, minutes: float, share: float) -> None:
     if calibration is not None:
         for expert in calibration.experts:
             if not calibration.measure(expert, minutes=minutes, share=share):

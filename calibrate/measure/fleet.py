@@ -12,7 +12,7 @@ from calibrate.measure.engine_under_test import EngineGoneError, EngineUnderTest
 from calibrate.measure.grid import Lengths, lengths_of
 from calibrate.measure.measured_experts import CALIBRATED_FILE, DistinctExpert, calibrated_yaml, write_text
 from calibrate.measure.measured_profile import fit_folder
-from calibrate.measure.one_engine import Outcome, Progress, measure_expert
+from calibrate.measure.one_engine import WAITING, Outcome, Progress, measure_expert
 from calibrate.measure.report import print_measured
 from calibrate.measure.router import RouterCosts, measure_router
 from calibrate.measure.router_confusion import router_confusion
@@ -23,7 +23,7 @@ from sim.traces import read_workload_data
 ROUTER_FILE = "router.json"
 
 
-class Calibration:
+class FleetMeasurement:
     """Engines of a fleet file while they are measured, each in one go or a part at a time, and what is written of them.
 
     One that does not come up is told and left out; the others are measured all the same.
@@ -109,6 +109,8 @@ class Calibration:
             self._say(str(error))
             return False
         self._outcomes[expert.name] = outcome
+        if self._router is not None and expert is self.experts[-1]:
+            self._router.measure_behind(expert)  # if that was not done while its engine ran
         if outcome.reason:
             self._say(outcome.reason)
             kept = 0 if outcome.measured.meta is None else len(outcome.measured.meta.points)
@@ -135,7 +137,10 @@ class Calibration:
         """Write the calibrated file, with the profiles fitted so far; return whether all was measured completely."""
         if self._router is None:
             return self.is_complete
-        costs, done = self._router.costs([each for each in self.experts if each.name in self._outcomes])
+        measured = [each for each in self.experts if each.name in self._outcomes]
+        if measured:
+            self._router.measure_behind(measured[-1])
+        costs, done = self._router.costs()
         fields: dict[str, dict[str, Any]] = {name: dict(each) for name, each in costs.items()}
         for name in fields:
             confusion = router_confusion(self._file, name)
@@ -185,31 +190,26 @@ class _Router:
             return None
         return lambda engine: self._measure(expert, engine)
 
-    def costs(self, measured: Sequence[DistinctExpert]) -> tuple[dict[str, dict[str, float]], bool]:
-        """Return the fields of each fleet's router, and whether they were measured where there is one.
+    def measure_behind(self, expert: DistinctExpert) -> None:
+        """Start an expert's engine to measure the router in front of it, unless there is nothing to do."""
+        if not self._fleets or self._kept() is not None or self.failed:
+            return
+        self._messages.print(f"{expert.name}: starting the engine for the router", highlight=False)
+        cores, port = _cores(self._file, expert), self._file.serve.expert_port
+        try:
+            engine = self._start(expert.name, expert.spec, cores, port, self._out / expert.name)
+        except EngineGoneError as error:
+            self._say(error)
+            return
+        try:
+            self._measure(expert, engine)
+        finally:
+            engine.stop()
 
-        An engine, of those that could be measured, is started for it when none was needed for anything else.
-        """
+    def costs(self) -> tuple[dict[str, dict[str, float]], bool]:
+        """Return the fields of each fleet's router, and whether they were measured where there is one."""
         if not self._fleets:
             return {}, True
-        if self._kept() is None and measured and not self.failed:
-            expert = measured[-1]
-            self._messages.print(f"{expert.name}: starting the engine for the router", highlight=False)
-            try:
-                engine = self._start(
-                    expert.name,
-                    expert.spec,
-                    _cores(self._file, expert),
-                    self._file.serve.expert_port,
-                    self._out / expert.name,
-                )
-            except EngineGoneError as error:
-                self._say(error)
-            else:
-                try:
-                    self._measure(expert, engine)
-                finally:
-                    engine.stop()
         kept = self._kept()
         return ({}, False) if kept is None else ({name: kept.model_dump() for name in self._fleets}, True)
 
@@ -254,7 +254,16 @@ def _cores(file: LoadedFleetFile, expert: DistinctExpert) -> tuple[int, ...]:
 def _progress(console: Console, budget_s: float) -> Iterator[Progress]:
     """Show what is measured and the time left; on a terminal as a bar, elsewhere a line at each engine."""
     if not console.is_terminal:
-        yield lambda measured_s, what: None if "waiting" not in what else console.print(what, highlight=False)
+        told: set[str] = set()
+
+        def tell(measured_s: float, what: str) -> None:
+            name, _, doing = what.partition(": ")
+            line = what if doing == WAITING else f"{name}: measuring until {budget_s:.0f} s are measured"
+            if line not in told or doing == WAITING:
+                console.print(line, highlight=False)
+            told.add(line)
+
+        yield tell
         return
     from rich.progress import BarColumn, TextColumn
     from rich.progress import Progress as Bar

@@ -61,7 +61,7 @@ def measure_command(
     stopped. For the time being the machine should do nothing else.
     """
     from calibrate.measure.files import MeasurementError
-    from calibrate.measure.fleet import Calibration
+    from calibrate.measure.fleet import FleetMeasurement
     from calibrate.measure.measured_experts import distinct_experts, without_profiles
     from sim.feasibility import check_feasible
     from sim.fleet_file import FleetFileError, load_fleet, parse_fleet
@@ -82,7 +82,7 @@ def measure_command(
             fleet_file = parse_fleet(text, overrides)
         chosen = distinct_experts(fleet_file, fleets, experts)
         check_feasible(without_profiles(fleet_file), read_workload_data(fleet_file.workload))
-        calibration = Calibration(
+        calibration = FleetMeasurement(
             fleet_file,
             chosen,
             out=out,

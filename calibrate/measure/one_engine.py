@@ -55,6 +55,7 @@ LEAST_FREE_BYTES = 2**20
 """Of the disk that the engine logs to: below it a log without iterations is blamed on it."""
 WARM_UP = Point(kind="steps", requests=8, prompt_tokens=16, output_tokens=8)
 
+WAITING = "waiting for the engine"
 Progress = Callable[[float, str], None]
 """Told the seconds measured so far and what is measured now."""
 
@@ -104,7 +105,7 @@ def measure_expert(
         return Outcome(measured=measured, complete=True)
     budget_s, complete = 60 * minutes, share >= 1
     for attempt in range(MOST_RESTARTS + 1):
-        progress(_seconds(measured), f"{name}: waiting for the engine")
+        progress(_seconds(measured), f"{name}: {WAITING}")
         try:
             engine = start(name, spec, tuple(cores), port, folder)
         except EngineGoneError as error:

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from calibrate.calibrate_command import command
 from calibrate.measure.files import MeasurementFolder
-from calibrate.measure.fleet import ROUTER_FILE, Calibration
+from calibrate.measure.fleet import ROUTER_FILE, FleetMeasurement
 from calibrate.measure.measured_experts import CALIBRATED_FILE, distinct_experts, without_profiles
 from calibrate.measure.router import RouterCosts
 from real.processes.guarded_process import child_environment
@@ -123,7 +123,7 @@ def test_what_was_measured_is_not_measured_again(calibration: Path) -> None:
     before = {expert: (calibration / expert / "meta.json").read_bytes() for expert in EXPERTS}
     file = without_profiles(load_fleet(calibration / CALIBRATED_FILE))
     console = Console(file=sys.stderr)
-    again = Calibration(file, distinct_experts(file), out=calibration, messages=console, console=console)
+    again = FleetMeasurement(file, distinct_experts(file), out=calibration, messages=console, console=console)
     for expert in again.experts:
         assert again.measure(expert, minutes=MINUTES)
     assert {expert: (calibration / expert / "meta.json").read_bytes() for expert in EXPERTS} == before
