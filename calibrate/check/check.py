@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from calibrate.check.batch_sizes import BATCH_BINS, batch_shares, bin_labels
-from calibrate.check.comparison import Figure, compare, coverage
+from calibrate.check.comparison import Figure, compare, coverage, is_load
 from calibrate.check.pace import Pace, factors, paces
 from calibrate.check.station_times import StationTime, station_times
 from calibrate.check.taken_for import taken_for
@@ -122,7 +122,9 @@ class CheckOutcome:
 
     def _clock(self, worst: Figure) -> str:
         """Say how much of a figure's error is the iteration times'."""
-        shown = " and ".join(f"{each.pace:.2f} ({each.expert})" for each in self.paces if each.load == worst.load)
+        shown = " and ".join(
+            f"{each.pace:.2f} ({each.expert})" for each in self.paces if is_load(each.load, worst.load)
+        )
         return (
             f"iterations took {shown} times what the profiles say of the same batches; with that put in, "
             f"{worst.column} at load {worst.load:g} is off by {worst.error_at_pace:+.1%}: that is the model's own"
@@ -130,7 +132,7 @@ class CheckOutcome:
 
     def _blame(self, load: float) -> str:
         """Name the station whose time is furthest off at a load, of the expert where it is."""
-        rows = [row for row in self.stations if row.load == load and not isnan(row.simulated_s - row.measured_s)]
+        rows = [row for row in self.stations if is_load(row.load, load) and not isnan(row.simulated_s - row.measured_s)]
         if not rows:
             return "which station it is cannot be told: the engines did not say where requests spent their time"
         worst = max(rows, key=lambda row: abs(row.simulated_s - row.measured_s))
@@ -196,7 +198,7 @@ def check(
             for each, classes in traffic
         ]
         figures = compare(predicted, bounds, measured, fleet, file.check, at_pace=at_pace)
-        compared = [load for load in loads(file.workload) if any(figure.load == load for figure in figures)]
+        compared = [load for load in loads(file.workload) if any(is_load(figure.load, load) for figure in figures)]
         stations = [row for load in compared for row in station_times(_at(predicted, load), _at(measured, load))]
         batches = _batches(predicted, measured, fleet, lines, classified) if measured else {}
     return CheckOutcome(
@@ -226,7 +228,7 @@ def _at_load(file: FleetFile, load: float) -> FleetFile:
 
 def _at(results: Sequence[Result], load: float) -> list[RunRecord]:
     """The runs of several results at one load."""
-    return [record for result in results for record in result.runs if record.load == load]
+    return [record for result in results for record in result.runs if is_load(record.load, load)]
 
 
 def _ends(predicted: Sequence[Result], fleet: str) -> list[dict[str, float]]:
@@ -260,7 +262,7 @@ def _batches(
         tuple(real.began_monotonic_s + edge_s for edge_s in real.window_s)
         for result in measured
         for real in result.runs
-        if real.load == highest
+        if is_load(real.load, highest)
     ]
     experts = predicted[0].fleets[fleet].experts
     for (index, replica), logged in lines.items():

@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from calibrate.check.comparison import Figure
+from calibrate.check.comparison import Figure, is_load
 from calibrate.check.figures_file import FIGURES_FILE, write_figures, write_rows
 from calibrate.check.pace import Pace
 from calibrate.check.station_times import StationTime
@@ -96,7 +96,7 @@ def figure_markdown(figures: Sequence[Figure], columns: Columns = TABLE) -> list
     """Return the lines of a table: a row a load, a column a figure."""
     lines = [f"| load | {' | '.join(head for _, head in columns)} |", f"| ---: |{' ---: |' * len(columns)}"]
     for load in _loads(figures):
-        at = {figure.column: figure for figure in figures if figure.load == load}
+        at = {figure.column: figure for figure in figures if is_load(figure.load, load)}
         lines.append(f"| {load:g} | {' | '.join(_markdown_cell(at[column]) for column, _ in columns)} |")
     return lines
 
@@ -125,8 +125,8 @@ def _pace_lines(paces: Sequence[Pace], figures: Sequence[Figure]) -> list[str]:
         f"| ---: | --- |{' ---: |' * len(columns)}",
     ]
     for load in _loads(figures):
-        pace = ", ".join(f"{each.expert} {each.pace:.3f}" for each in paces if each.load == load)
-        at = {figure.column: figure for figure in figures if figure.load == load}
+        pace = ", ".join(f"{each.expert} {each.pace:.3f}" for each in paces if is_load(each.load, load))
+        at = {figure.column: figure for figure in figures if is_load(figure.load, load)}
         lines.append(
             f"| {load:g} | {pace} | {' | '.join(_percent(at[column].error_at_pace) for column, _ in columns)} |"
         )
@@ -191,7 +191,7 @@ def figure_table(figures: Sequence[Figure], columns: Columns = TABLE) -> Table:
         table.add_column(head, justify="right", no_wrap=True)
     for load in _loads(figures):
         for expert in dict.fromkeys(figure.expert for figure in figures):
-            at = {f.column: f for f in figures if f.load == load and f.expert == expert}
+            at = {f.column: f for f in figures if is_load(f.load, load) and f.expert == expert}
             if at:
                 table.add_row(f"{load:g}", expert, *(_cell(at[column]) for column, _ in columns))
         table.add_section()
@@ -262,7 +262,7 @@ def _at_pace_table(figures: Sequence[Figure]) -> Table:
         table.add_column(head, justify="right")
     fleet = [figure for figure in figures if figure.expert == ALL_EXPERTS]
     for load in _loads(fleet):
-        at = {figure.column: figure for figure in fleet if figure.load == load}
+        at = {figure.column: figure for figure in fleet if is_load(figure.load, load)}
         table.add_row(f"{load:g}", *(_percent(at[column].error_at_pace) for column, _ in TABLE))
     return table
 

@@ -166,6 +166,11 @@ def compare(
     return figures
 
 
+def is_load(load: float, other: float) -> bool:
+    """Whether two loads are the same; all traces are one, NaN."""
+    return load == other or (isnan(load) and isnan(other))
+
+
 def coverage(figures: Sequence[Figure]) -> float:
     """Return the share of the fleet's measured figures inside their predicted intervals; NaN for none."""
     known = [figure.covered for figure in figures if figure.expert == ALL_EXPERTS and figure.covered is not None]
@@ -228,7 +233,7 @@ def _load(row: Mapping[str, float]) -> float:
 
 
 def _record(result: Result, fleet: str, load: float) -> RunRecord:
-    return next(run for run in result.runs if run.fleet == fleet and (run.load == load or isnan(load)))
+    return next(run for run in result.runs if run.fleet == fleet and is_load(run.load, load))
 
 
 # ------------------------------------------------------------------------------------------------------- bootstrap

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from calibrate.check.comparison import is_load
 from calibrate.measure.iteration_records import SentRequest, admissions, reconstruct
 from real.experts.iteration_log import IterationLine
 from sim.fleet import Expert
@@ -115,4 +116,4 @@ def _times(
 
 def factors(found: Sequence[Pace], load: float) -> dict[str, float]:
     """Return expert -> pace at one load."""
-    return {each.expert: each.pace for each in found if each.load == load}
+    return {each.expert: each.pace for each in found if is_load(each.load, load)}
