@@ -27,6 +27,6 @@ class CheckSpec(Spec):
     """How ``expert-router check`` judges a fleet of this file."""
 
     repeats: PositiveInt = Field(
-        3, description="real runs of each load, each of requests of its own; what their errors differ by is noise"
+        3, description="real runs of each load, each of requests of its own; their spread tells the noise"
     )
     tolerances: ToleranceSpec = ToleranceSpec()

@@ -136,6 +136,9 @@ _Group = TypeVar(
 )
 
 
+_NOT_PACKAGED = {"per_request_engine_s"}  # of engines that share their front end's cores, which GPUs' do not
+
+
 class Factors:
     """All factors by name; grouped views for one GPU.
 
@@ -217,8 +220,8 @@ class Factors:
         return self.replaced({"host.launch_per_layer_s": 0.0, "host.eager_launch_per_layer_s": 0.0})
 
     def _group(self, group: str, kind: type[_Group]) -> _Group:
-        keys = {field.name: f"{group}.{field.name}" for field in fields(kind)}
-        return kind(**{name: self._values[key] for name, key in keys.items() if key in self._values})
+        names = [field.name for field in fields(kind) if field.name not in _NOT_PACKAGED]
+        return kind(**{name: self._values[f"{group}.{name}"] for name in names})
 
 
 @cache

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from math import isnan
 from pathlib import Path
 
 import pytest
 
+import calibrate.check.check
 from calibrate.check.check import check
 from calibrate.check.check_report import check_markdown, write_check
 from calibrate.check.turns import of_repeat
@@ -57,3 +59,14 @@ def test_nothing_measured_is_nothing_to_compare(tmp_path: Path) -> None:
     outcome = check(load_fleet(tmp_path / "fleet.yaml"), "one", [], {}, folder=tmp_path, step=step, interrupted=True)
     assert not outcome.figures
     assert not outcome.passed
+
+
+def test_a_stop_while_simulating_is_no_verdict_on_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "fleet.yaml").write_text(FILE.replace("LOAD", LOADS["closed loop"]))
+    file = load_fleet(tmp_path / "fleet.yaml")
+    measured = [simulate(of_repeat(file, 0), workers=1)]
+    monkeypatch.setattr(
+        calibrate.check.check, "simulate", lambda *args, **named: replace(simulate(*args, **named), interrupted=True)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        check(file, "one", measured, {}, folder=tmp_path, step=step)

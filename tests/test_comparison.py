@@ -110,6 +110,17 @@ def test_every_repeat_is_compared_with_its_own_draw_of_requests() -> None:
     assert mean.predicted_low == pytest.approx(np.mean(low))
 
 
+def test_the_noise_is_that_of_the_real_runs_whatever_predictions_differ_by() -> None:
+    real = [result_of(make_run(FLEET, 8, slowness=slowness)) for slowness in (1.0, 1.02)]
+    wild = [result_of(make_run(FLEET, 8, slowness=slowness)) for slowness in (0.5, 2.0)]
+
+    def floor(simulated: list[Result]) -> float:
+        figures = compare(simulated, [], real, "one", SPEC)
+        return next(f.noise_floor for f in figures if f.column == "mean_e2el_ms" and f.expert == "all")
+
+    assert floor(wild) == pytest.approx(floor([real[0], real[0]]))
+
+
 def test_what_is_predicted_at_the_engines_pace_is_an_error_of_its_own() -> None:
     run, slower = make_run(FLEET, 8), make_run(FLEET, 8, slowness=1.1)
     figures = compare([result_of(run)], [], [result_of(slower)], "one", SPEC, at_pace=[result_of(slower)])

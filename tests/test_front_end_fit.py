@@ -78,7 +78,7 @@ def test_costs_are_found_from_simultaneous_and_idle_requests() -> None:
 
 
 def test_what_requests_take_from_a_busy_engine_is_seen_in_its_iterations() -> None:
-    label = "closed users=8#1"
+    label = "steps batch=8 context=24 late=24#1"
     users = requests(label, 40, 24, 30, 0.23)
     idle = point("idle prompt=16#1", requests("idle prompt=16#1", 3, 16, 6, 5.0), one_by_one=True)
     few = [
@@ -86,8 +86,14 @@ def test_what_requests_take_from_a_busy_engine_is_seen_in_its_iterations() -> No
         for n in (4, 8, 16, 24)
     ]
 
-    def found(*, coming_s: float, leaving_s: float, shares_cores: bool = True) -> Parameter | None:
-        live = point(label, users, one_by_one=True, coming_s=coming_s, leaving_s=leaving_s)
+    def found(*, coming_s: float, leaving_s: float, shares_cores: bool = True, label: str = label) -> Parameter | None:
+        live = point(
+            label,
+            [replace(user, point=label) for user in users],
+            one_by_one=True,
+            coming_s=coming_s,
+            leaving_s=leaving_s,
+        )
         points, records, sent = zip(idle, *few, live, strict=True)
         costs = fit_front_end(
             list(points), pd.concat(sent), pd.concat(records), SETTINGS, TRUTH, shares_cores=shares_cores
@@ -102,6 +108,7 @@ def test_what_requests_take_from_a_busy_engine_is_seen_in_its_iterations() -> No
     assert nothing is not None
     assert nothing.value == pytest.approx(0.0, abs=2e-4)
     assert found(coming_s=5e-3, leaving_s=2e-3, shares_cores=False) is None
+    assert found(coming_s=5e-3, leaving_s=2e-3, label="closed users=8#1") is None, "a check is kept out"
 
 
 def test_a_token_takes_at_least_its_cpu_time_where_the_front_end_has_cores_of_its_own() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from calibrate.fit.iteration_fit import TERMS, TermFit, fit_terms, held_out_errors, term_parameters
+from calibrate.fit.iteration_fit import TERMS, TermFit, fit_best, fit_terms, held_out_errors, term_parameters
 from calibrate.fit.iteration_observations import Observations, TooFewRecordsError, observations
 from calibrate.measure.grid import candidates, lengths_of
 from calibrate.measure.iteration_records import reconstruct
@@ -57,6 +57,21 @@ def test_predictions_survive_noise_jitter_and_stalls() -> None:
     assert seen.jitter_s == pytest.approx(0.003, rel=0.5)
     errors = predictions(fit_terms(seen)) / predictions(TRUTH) - 1
     assert np.abs(errors).max() < 0.05
+
+
+def test_a_fit_predicts_the_mean_of_skewed_times_and_no_stalls() -> None:
+    seen = observations(measured())
+    rng = stream(3, "skew")
+    slow = np.where(rng.uniform(size=len(seen.measured_s)) < 0.2, 1.3, 1.0)
+    stalled = rng.uniform(size=len(slow)) < 0.03
+    skewed = replace(seen, measured_s=seen.measured_s * np.where(stalled, 6.0, slow))
+    took_s = float((skewed.measured_s * seen.iterations)[~stalled].sum())
+
+    def together(fit: TermFit) -> float:
+        return float((fit.predict_s(seen.works) * seen.iterations)[~stalled].sum()) / took_s
+
+    assert together(fit_terms(skewed)) < 0.97, "Huber weights are of the middle"
+    assert together(fit_best(skewed)) == pytest.approx(1.0, abs=0.005)
 
 
 def test_a_floor_of_the_matrix_work_is_told_from_a_constant() -> None:

@@ -27,18 +27,18 @@ fleets: {one: {experts: {chat: {model: laptop-16m, gpu: CPU}}}}
 
 
 class Turns:
-    """What happens, in order; ``stops`` at one of these, by Ctrl-C."""
+    """What happens, in order; ``stops`` at one of these, by Ctrl-C, or ``loses`` its engine in one."""
 
-    def __init__(self, stops: str = "", *, measures: bool = True):
+    def __init__(self, stops: str = "", *, loses: str = ""):
         self.events: list[str] = []
         self.experts = ["chat"]
         self.served = SimpleNamespace(name="one", url="http://x", replica_urls={}, start_gateway=self.start_gateway)
         self._stops = stops
-        self._measures = measures
+        self._loses = loses
 
     def measure(self, expert: str, *, minutes: float, share: float) -> bool:
         self._happens(f"{minutes * share:g} min of {expert}")
-        return self._measures
+        return self.events[-1] != self._loses
 
     def start_gateway(self) -> None:
         self._happens("gateway")
@@ -98,8 +98,13 @@ def test_a_stop_before_any_run_is_a_stop(tmp_path: Path, monkeypatch: pytest.Mon
         take(Turns("1 min of chat"), tmp_path, monkeypatch)
 
 
+def test_an_engine_lost_behind_a_run_does_not_lose_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = Turns(loses="2 min of chat")
+    assert take(turns, tmp_path, monkeypatch) == (1, True)
+
+
 def test_what_cannot_be_measured_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    turns = Turns(measures=False)
+    turns = Turns(loses="1 min of chat")
     with pytest.raises(MeasurementError, match="the same command goes on"):
         take(turns, tmp_path, monkeypatch)
     assert turns.events == ["1 min of chat"]

@@ -42,7 +42,7 @@ class CheckOutcome:
         batches: replica -> shares of iterations by requests in them (``batch_bins``), simulated and measured, at the
             highest load.
         paces: how fast the engines' iterations were beside their curves.
-        interrupted: whether real runs are missing because the user stopped.
+        interrupted: whether real runs or a part of the calibration are missing.
     """
 
     file: FleetFile
@@ -105,7 +105,7 @@ class CheckOutcome:
             lines += self._other_versions(measured.engines.get(self.fleet, {}))
         lines += [f"note of a real run: {note}" for note in dict.fromkeys(n for r in self.measured for n in r.notes)]
         if self.interrupted:
-            lines.append("interrupted: loads or repeats are missing")
+            lines.append("interrupted: loads, repeats or a part of the calibration are missing")
         return lines
 
     def _other_versions(self, engines: Mapping[str, str]) -> list[str]:
@@ -161,10 +161,11 @@ def check(
         logs: (expert, replica index) -> log of its engine.
         folder: for the records of the prediction.
         step: shows progress.
-        interrupted: runs are missing because the user stopped.
+        interrupted: runs or a part of the calibration are missing.
 
     Raises:
         FleetFileError, TraceError, ValueError: the file cannot work, see ``simulate``.
+        KeyboardInterrupt: the user stopped it.
     """
     file = file.model_copy(update={"fleets": {fleet: file.fleets[fleet]}})
     repeats = [of_repeat(file, repeat) for repeat in range(len(measured))]
@@ -175,6 +176,8 @@ def check(
             of: FleetFile, classes: Callable[[Request], int] | None, times: Mapping[str, float] | None = None
         ) -> Result:
             result = simulate(of, taken_for=classes, iteration_time_factors=times, workers=1)
+            if result.interrupted:  # a verdict on a part of the loads or draws would look like one on all
+                raise KeyboardInterrupt
             if progress is not None:
                 progress(min(1.0, next(done) / in_all))
             return result

@@ -1,4 +1,4 @@
-"""``expert-router check``: calibrate what is not calibrated, simulate, run for real, compare."""
+"""``expert-router check``: calibrate what is not calibrated and run for real, by turns; simulate, compare."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -88,7 +88,10 @@ def command(
         messages.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        messages.print(f"stopped before anything could be compared; a calibration is kept in {out}", highlight=False)
+        messages.print(
+            f"stopped before anything could be compared; the calibration and the records of finished runs are in {out}",
+            highlight=False,
+        )
         raise SystemExit(130) from None
     if not outcome.figures:
         messages.print("no load was measured to its end: nothing to compare", style="yellow")

@@ -49,12 +49,12 @@ class Figure:
         load: users, or requests per second; NaN for a trace.
         expert: its name, or ``all``.
         column: of COLUMNS; milliseconds where the name ends in ``_ms``, else per second.
+        predicted: mean over the runs' draws of requests.
         predicted_low, predicted_high: 90 % interval of the prediction for one real run.
         measured: mean over repeated runs.
         measured_low, measured_high: its 90 % bootstrap interval; NaN where it cannot be resampled.
-        predicted: mean over the runs' draws of requests.
-        noise_floor: relative standard deviation of measured over predicted between repeated real runs, pooled over the
-            loads; NaN for single ones.
+        noise_floor: relative standard deviation of one real run among repeated ones, pooled over the loads; NaN for
+            single ones.
         tolerance: largest relative error that passes; NaN for a figure that is shown and not judged.
         noise_floors: how many noise floors pass as well.
         predicted_at_pace: predicted once more with the iteration times that the engines had; NaN where not known.
@@ -178,15 +178,28 @@ def coverage(figures: Sequence[Figure]) -> float:
 
 
 def _noise_floors(simulated: Sequence[_Rows], real: Sequence[_Rows]) -> dict[tuple[str, str], float]:
-    """Return (expert, column) -> relative standard deviation between repeats, pooled over the loads.
+    """Return (expert, column) -> relative standard deviation between repeated real runs, pooled over the loads.
 
-    Of measured over predicted, since each repeat has its own draw of requests. Two or three repeats of one load tell
-    little of their spread, and by chance now and then almost none; the loads ran on the same machine in turn, so their
-    variances are taken together.
+    Each repeat has its own draw of requests. So the measured figures differ by the draws besides, and measured over
+    predicted by what the predictions differ without cause: both say too much, and the smaller is taken. Two or three
+    repeats of one load tell little of their spread, and by chance now and then almost none; the loads ran on the same
+    machine in turn, so their variances are taken together.
     """
     floors: dict[tuple[str, str], float] = {}
     if len(real) < 2:
         return floors
+    pairs = list(zip(simulated, real, strict=True))
+    shared = [key for key in real[0] if all(key in ours and key in theirs for ours, theirs in pairs)]
+    for expert in dict.fromkeys(expert for _, expert in shared):
+        keys = [key for key in shared if key[1] == expert]
+        for column in COLUMNS:
+            measured = np.array([[theirs[key][column] for _, theirs in pairs] for key in keys])
+            predicted = np.array([[ours[key][column] for ours, _ in pairs] for key in keys])
+            with np.errstate(invalid="ignore", divide="ignore"):
+                known = [spread for spread in (_spread(measured), _spread(measured / predicted)) if not isnan(spread)]
+            if known:
+                floors[expert, column] = min(known)
+    return floors
     pairs = list(zip(simulated, real, strict=True))
     shared = [key for key in real[0] if all(key in ours and key in theirs for ours, theirs in pairs)]
     for expert in dict.fromkeys(expert for _, expert in shared):
@@ -201,6 +214,13 @@ def _noise_floors(simulated: Sequence[_Rows], real: Sequence[_Rows]) -> dict[tup
             if len(known):
                 floors[expert, column] = float(np.sqrt(known.mean()))
     return floors
+
+
+def _spread(values: NDArray[np.float64]) -> float:
+    """Root mean square of the rows' relative standard deviations; NaN where none is known."""
+    variances = (values.std(axis=1, ddof=1) / values.mean(axis=1)) ** 2
+    known = variances[np.isfinite(variances)]
+    return float(np.sqrt(known.mean())) if len(known) else nan
 
 
 def _tolerance(tolerances: ToleranceSpec, column: str) -> float:

@@ -1,4 +1,4 @@
-"""FleetMeasurement and real runs by turns, so that what is predicted and what is measured meet the same machine.
+"""Calibration and real runs by turns, so that what is predicted and what is measured meet the same machine.
 
 A machine's speed wanders over minutes. Engines that are all measured first and run afterwards would be compared across
 that; a part of their calibration before each run, and the last part behind the last one, has a steady drift fall out.
@@ -37,7 +37,8 @@ def take_turns(
     """Run a fleet for real ``check.repeats`` times, and calibrate its engines before, in between and afterwards.
 
     Each run has its own draw of requests (``of_repeat``), or what coincides in one draw would coincide in all of them.
-    Ctrl-C ends it early; with at least one run measured what there is is returned.
+    Ctrl-C ends it early, and so does an engine that can be measured no more; with at least one run measured what there
+    is is returned.
 
     Args:
         file: with its loads; one replication of each is run.
@@ -48,11 +49,11 @@ def take_turns(
         step: shows progress of a run.
 
     Returns:
-        One result a run, and whether runs or parts of the calibration are missing because the user stopped.
+        One result a run, and whether runs or parts of the calibration are missing.
 
     Raises:
         FleetFileError, TraceError, ValueError: the file cannot work, see ``run``.
-        MeasurementError: something could not be measured.
+        MeasurementError: something could not be measured, before anything was run.
         EngineFailedError: the gateway did not start.
         KeyboardInterrupt: the user stopped before anything was measured.
     """
@@ -77,7 +78,7 @@ def take_turns(
             if result.interrupted:
                 return measured, True
         _calibrate(calibration, minutes, 1.0)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, MeasurementError):
         if not measured:
             raise
         return measured, True

@@ -202,6 +202,8 @@ def fit_knots(seen: Observations, floor_fit: TermFit) -> TermFit:
 def _levelled(fitted: TermFit, seen: Observations) -> TermFit:
     """Return a fit whose predictions of the observations, all iterations together, are as long as they were."""
     told = _telling(seen)
+    if not told.waited_for.all():  # what took so long may have been the host
+        return fitted
     expected_s = fitted.device_s(told.works)
     weight = told.iterations * (told.measured_s < STALL * expected_s)
     level = float(told.measured_s @ weight) / max(float(expected_s @ weight), 1e-300)

@@ -70,7 +70,12 @@ def fit_front_end(
         return None
     extra = []
     if shares_cores and not settings.async_scheduling:
-        extra = [_extra_times(sample, iterations, fitted) for _, sample in samples]
+        # Closed-loop points are a check of all this, and kept out.
+        extra = [
+            each
+            for label, sample in samples
+            if not label.startswith("closed") and len((each := _extra_times(sample, iterations, fitted)).coming)
+        ]
     parts: tuple[Sequence[Any], ...] = together, [sample for _, sample in samples], idle, list(points), extra
     found = _costs(*parts, shares_cores=shares_cores)
     if found is None:

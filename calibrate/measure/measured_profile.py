@@ -162,11 +162,13 @@ def _check(measured: MeasurementFolder, fitted: TermFit, front_end: FrontEndCost
     found = {}
     rows = measured.iterations
     for label in rows.loc[rows["point"].str.startswith("closed"), "point"].unique():
-        mine = rows[(rows["point"] == label) & rows["matched"] & (rows["cycle_s"] > 0)]
+        all_of_it = rows[rows["point"] == label]
+        mine = all_of_it[all_of_it["matched"] & (all_of_it["cycle_s"] > 0)]
         if len(mine):
             predicted_s = float(fitted.predict_s(mine[[*IterationWork._fields]].to_numpy(dtype=np.float64)).sum())
             if taken is not None:
-                predicted_s += taken.value * int((measured.requests["point"] == label).sum())
+                requests = int((measured.requests["point"] == label).sum())
+                predicted_s += taken.value * requests * len(mine) / len(all_of_it)
             found[str(label).partition("#")[0]] = predicted_s / float(mine["cycle_s"].sum()) - 1
     return found
 

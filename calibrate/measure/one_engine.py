@@ -215,7 +215,7 @@ class _Session:
             if not since or spent_s - since[-1] > REFERENCE_EVERY_S:
                 await self._measure(client, REFERENCE, reference=True)
                 continue
-            again = self._again(known, spent_s, whole_s)
+            again = self._again(known, spent_s, grid_s, whole_s)
             if again is not None:
                 await self._measure(client, again)
                 continue
@@ -314,20 +314,23 @@ class _Session:
                 choice.learn(told)
         return choice.best(known, seconds_left)
 
-    def _again(self, known: Sequence[Candidate], spent_s: float, whole_s: float) -> Point | None:
+    def _again(self, known: Sequence[Candidate], spent_s: float, grid_s: float, whole_s: float) -> Point | None:
         """One of the first points that is due, or else the earliest of the others that is noisy and due."""
         first = first_design(self._settings, self._lengths)
         times = Counter(point.label.partition("#")[0] for point in self._points())
-        last_s = {point.label.partition("#")[0]: point.started_s for point in self._points()}
+        last = {point.label.partition("#")[0]: point for point in self._points()}
 
         def is_due(name: str) -> bool:
-            return not times[name] or (times[name] < MOST_TIMES and spent_s - last_s[name] >= whole_s / MOST_TIMES)
+            if not times[name]:
+                return True
+            later, fits = spent_s - last[name].started_s >= whole_s / MOST_TIMES, spent_s + last[name].took_s <= grid_s
+            return times[name] < MOST_TIMES and later and fits
 
         for point in first:
             if is_due(point.name):
                 return point
         others = {each.point.name: each.point for each in known}
-        due = (others[name] for name in last_s if name in others and is_due(name) and self._is_noisy(name))
+        due = (others[name] for name in last if name in others and is_due(name) and self._is_noisy(name))
         return next(due, None)
 
     def _is_noisy(self, name: str) -> bool:
