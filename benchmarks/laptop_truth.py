@@ -95,7 +95,7 @@ def verdicts(figures: Sequence[Figure], single: Sequence[Sequence[Figure]], aske
     floors = {NOISE_SHOWN[figure.column]: figure.noise_floor for figure in judged if figure.column in NOISE_SHOWN}
     shown = ", ".join(f"{head} {floor:.1%}" for head, floor in floors.items())
     lines.append(
-        f"- {alone} of {len(judged)} are within the tolerance alone and {len(judged) - len(failing) - alone} more within "
+        f"- {alone} of {len(judged)} are within the tolerance alone, {len(judged) - len(failing) - alone} more within "
         f"{judged[0].noise_floors:g} times the noise of one real run: {shown}"
     )
     passed = [sum(figure.passes is True for figure in check) for check in single]
