@@ -70,14 +70,17 @@ class EngineServer:
         self._loop.run_forever()
         self._alive = False
         engine.cancel()
+        # Connections that are just being accepted get their tasks, which they cannot once the server is closed; then all
+        # sockets are closed, then the tasks end.
+        self._loop.run_until_complete(asyncio.sleep(0.05))
         server.close()
+        for writer in list(self._connections):
+            writer.transport.abort()
+        self._loop.run_until_complete(asyncio.sleep(0.01))
         tasks = asyncio.all_tasks(self._loop)
         for task in tasks:
             task.cancel()
         self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-        for writer in self._connections:
-            writer.transport.abort()
-        self._loop.run_until_complete(asyncio.sleep(0))
         self._loop.close()
 
     async def _work(self) -> None:
