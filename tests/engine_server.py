@@ -70,8 +70,8 @@ class EngineServer:
         self._loop.run_forever()
         self._alive = False
         engine.cancel()
-        # Connections that are just being accepted get their tasks, which they cannot once the server is closed; then all
-        # sockets are closed, then the tasks end.
+        # Connections that are just being accepted get their tasks, which they cannot once the server is closed; then
+        # all sockets are closed, then the tasks end.
         self._loop.run_until_complete(asyncio.sleep(0.05))
         server.close()
         for writer in list(self._connections):
