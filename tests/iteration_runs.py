@@ -79,7 +79,14 @@ def run_engine(
         work_s = time_of(engine.work(batch))
         counts = counts_of(batch)
         decoding = engine.decoding(batch.iteration)
-        work_s += coming_s * sum(now_s < request.sent_s <= now_s + work_s for request in sent) + leaving_s * left
+        work_s += leaving_s * left
+        longer_s = work_s
+        while coming_s:  # what comes within the extension extends it further
+            came = sum(now_s < request.sent_s <= now_s + longer_s for request in sent)
+            if work_s + coming_s * came <= longer_s:
+                break
+            longer_s = work_s + coming_s * came
+        work_s = longer_s
         now_s += work_s
         done = engine.finish_run(1)
         left = len(done)  # their users have their last tokens in the next one

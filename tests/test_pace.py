@@ -28,8 +28,10 @@ FLEET = make_fleet("one", experts=1)
 EXPERT = replace(FLEET.experts[0], engine=SETTINGS, curve=TrueCurve())
 
 
-def run_at(load: float, began_s: float, slowness: float) -> tuple[RunRecord, list[IterationLine]]:
-    """A run on an engine that is so many times slower than its curve."""
+def run_at(
+    load: float, began_s: float, slowness: float, coming_s: float = 0.0
+) -> tuple[RunRecord, list[IterationLine]]:
+    """A run on an engine that is so many times slower than its curve, and from which requests take time besides."""
     rng = np.random.default_rng(int(load))
     asked = [
         SentRequest(
@@ -41,7 +43,7 @@ def run_at(load: float, began_s: float, slowness: float) -> tuple[RunRecord, lis
         )
         for number in range(40)
     ]
-    lines, seen = run_engine(asked, time_of=lambda work: slowness * seconds(work))
+    lines, seen = run_engine(asked, time_of=lambda work: slowness * seconds(work), coming_s=coming_s)
     columns = {
         "request_id": [each.number for each in seen],
         "prompt_tokens": [each.prompt_tokens for each in seen],
@@ -78,6 +80,15 @@ def test_an_engine_that_is_measured_again_after_a_run_does_not_change_the_runs_p
     run, lines = run_at(8, 100.0, 1.1)
     _, measured = run_at(8, lines[-1].ended_s + 0.5, 5.0)
     assert paces([EXPERT], [run], {(0, 0): [*lines, *measured]}) == paces([EXPERT], [run], {(0, 0): lines})
+
+
+def test_what_requests_take_from_an_engine_is_not_its_pace() -> None:
+    run, lines = run_at(8, 100.0, 1.1, coming_s=0.01)
+    (unaware,) = paces([EXPERT], [run], {(0, 0): lines})
+    assert unaware.pace > 1.12
+    front_end = replace(EXPERT.front_end, per_request_engine_s=0.01)
+    (aware,) = paces([replace(EXPERT, front_end=front_end)], [run], {(0, 0): lines})
+    assert aware.pace == pytest.approx(1.1, abs=0.005)
 
 
 def test_a_replica_without_a_log_has_no_pace() -> None:

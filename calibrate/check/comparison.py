@@ -200,20 +200,6 @@ def _noise_floors(simulated: Sequence[_Rows], real: Sequence[_Rows]) -> dict[tup
             if known:
                 floors[expert, column] = min(known)
     return floors
-    pairs = list(zip(simulated, real, strict=True))
-    shared = [key for key in real[0] if all(key in ours and key in theirs for ours, theirs in pairs)]
-    for expert in dict.fromkeys(expert for _, expert in shared):
-        keys = [key for key in shared if key[1] == expert]
-        for column in COLUMNS:
-            with np.errstate(invalid="ignore", divide="ignore"):
-                ratios = np.array(
-                    [[np.divide(theirs[key][column], ours[key][column]) for ours, theirs in pairs] for key in keys]
-                )
-                variances = (ratios.std(axis=1, ddof=1) / ratios.mean(axis=1)) ** 2
-            known = variances[np.isfinite(variances)]
-            if len(known):
-                floors[expert, column] = float(np.sqrt(known.mean()))
-    return floors
 
 
 def _spread(values: NDArray[np.float64]) -> float:

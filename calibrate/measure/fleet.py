@@ -105,7 +105,6 @@ class FleetMeasurement:
                     afterwards=afterwards,
                 )
         except EngineGoneError as error:  # the others may well run
-            self._outcomes.pop(expert.name, None)
             self._say(str(error))
             return False
         self._outcomes[expert.name] = outcome
